@@ -1,0 +1,34 @@
+# make demo   create the environment, run the embedded demo
+# make test   create the environment, lint, type-check, test, build the wheel
+# make lint   ruff and mypy alone
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint clean
+
+demo: .venv/.stamp
+	$(BIN)/headwater demo --out demo-out
+
+test: lint
+	$(BIN)/pytest
+	rm -rf dist build/lib
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy reads folders, not the mapping of pyproject.toml: show it the package as installed.
+	rm -rf build/typed && mkdir -p build/typed/headwater
+	ln -s $(CURDIR)/headwater/* $(addprefix $(CURDIR)/,attribution index ingest queries) build/typed/headwater/
+	MYPYPATH=build/typed $(BIN)/mypy -p headwater
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[cpu,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist demo-out *.egg-info
