@@ -1,0 +1,53 @@
+"""The mathematics: model + image + cotangent -> projected per-sample gradient; curvature.
+
+images.py      one image file, decoded and fitted
+model.py       a diffusers pipeline seen as e(x_t, t, c)
+layers.py      per-sample weight gradients, layer type by layer type
+projection.py  random projection drawn by a hash
+objectives.py  training methods as cotangents
+trajectory.py  where gradients are taken
+recipe.py      what defines a feature space, and its identity
+engine.py      rows of a batch
+rewards.py     query gradients
+curvature.py   K = Phi^T Phi and preconditioned queries
+
+Knows no files and no index.
+"""
+
+from .curvature import Curvature, Gram, dual_curvature
+from .engine import Engine, Rows
+from .errors import ModelError
+from .images import ImageRejected, decode, fit
+from .model import Model
+from .objectives import METHODS, Point
+from .recipe import Recipe, differences, feature_space, feature_space_id
+from .rewards import Reward, contrast_rows, image_rows, reward_rows, slider_rows
+from .trajectory import ddim_grid, generation_path, kept, seeded_noise
+
+__all__ = [
+    "METHODS",
+    "Curvature",
+    "Engine",
+    "Gram",
+    "ImageRejected",
+    "Model",
+    "ModelError",
+    "Point",
+    "Recipe",
+    "Reward",
+    "Rows",
+    "contrast_rows",
+    "ddim_grid",
+    "decode",
+    "differences",
+    "dual_curvature",
+    "feature_space",
+    "feature_space_id",
+    "fit",
+    "generation_path",
+    "image_rows",
+    "kept",
+    "reward_rows",
+    "seeded_noise",
+    "slider_rows",
+]

@@ -1,0 +1,139 @@
+"""Per-sample weight gradients of one layer from its input and the gradient of its output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One selected parameter and its place in the flat gradient."""
+
+    name: str  # as in named_parameters()
+    role: str  # "weight" or "bias"
+    offset: int  # first coordinate in the flat gradient
+    size: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with at least one selected parameter."""
+
+    name: str
+    module: nn.Module
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parameters theta that a gradient is taken over, in the order of named_parameters()."""
+
+    layers: tuple[Layer, ...]
+    size: int  # coordinates of the flat gradient
+
+
+def select_parameters(denoiser: nn.Module, pattern: str) -> Selection:
+    """Select every parameter whose name matches the regular expression `pattern` anywhere.
+
+    Raises:
+        ModelError: bad pattern, no match, or a match in a layer whose per-sample gradient is
+            not known here (the message names the parameter).
+    """
+    try:
+        matcher = re.compile(pattern)
+    except re.error as error:
+        raise ModelError(f"--parameters {pattern!r} is no regular expression: {error}") from error
+    modules = dict(denoiser.named_modules())
+    slots: dict[str, list[Slot]] = {}
+    offset = 0
+    for name, parameter in denoiser.named_parameters():
+        if not matcher.search(name):
+            continue
+        owner, _, role = name.rpartition(".")
+        module = modules[owner]
+        if _rule(module) is None or role not in ("weight", "bias"):
+            raise ModelError(
+                f"parameter {name} belongs to a {type(module).__name__}, whose per-sample gradient "
+                "is not supported; narrow --parameters (Linear, Conv2d, LayerNorm, GroupNorm work)"
+            )
+        slots.setdefault(owner, []).append(Slot(name, role, offset, parameter.numel()))
+        offset += parameter.numel()
+    if not slots:
+        top = sorted({name.split(".")[0] for name, _ in denoiser.named_parameters()})
+        raise ModelError(
+            f"--parameters {pattern!r} matches no parameter of this model; "
+            f"its blocks are {', '.join(top)}"
+        )
+    layers = tuple(Layer(owner, modules[owner], tuple(found)) for owner, found in slots.items())
+    return Selection(layers, offset)
+
+
+def parameter_gradients(module: nn.Module, inputs: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Per-sample gradients of one call of a layer.
+
+    Args:
+        module: a supported layer.
+        inputs: what it was called with, [B, ...].
+        grad: cotangent of its output, [B, ...].
+
+    Returns:
+        `weight` [B, *weight.shape] and, where the layer has one, `bias` [B, *bias.shape], float32.
+    """
+    rule = _rule(module)
+    if rule is None:
+        raise ModelError(f"no per-sample gradient for a {type(module).__name__}")
+    return rule(module, inputs, grad)
+
+
+def _linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, S, I]
+    g = g.reshape(g.shape[0], -1, g.shape[-1])  # [B, S, O]
+    return {"weight": torch.bmm(g.mT, x).float(), "bias": g.float().sum(1)}
+
+
+def _conv2d(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    assert isinstance(module, nn.Conv2d)
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise ModelError("Conv2d with a padding mode other than zeros is not supported")
+    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    batch, groups = x.shape[0], module.groups
+    patches = patches.view(batch * groups, -1, patches.shape[-1])  # [B G, I/G kh kw, L]
+    g = g.reshape(batch * groups, -1, patches.shape[-1])  # [B G, O/G, L]
+    weight = torch.bmm(g, patches.mT).view(batch, *module.weight.shape)
+    return {"weight": weight.float(), "bias": g.float().sum(-1).view(batch, -1)}
+
+
+def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    assert isinstance(module, nn.LayerNorm)
+    normed = F.layer_norm(x.float(), module.normalized_shape, eps=module.eps)
+    shape = (x.shape[0], -1, *module.normalized_shape)
+    normed, g = normed.reshape(shape), g.float().reshape(shape)
+    return {"weight": (g * normed).sum(1), "bias": g.sum(1)}
+
+
+def _group_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    assert isinstance(module, nn.GroupNorm)
+    normed = F.group_norm(x.float(), module.num_groups, eps=module.eps).flatten(2)  # [B, C, L]
+    g = g.float().flatten(2)
+    return {"weight": (g * normed).sum(-1), "bias": g.sum(-1)}
+
+
+_Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+_RULES: tuple[tuple[type[nn.Module], _Rule], ...] = (
+    (nn.Linear, _linear),
+    (nn.Conv2d, _conv2d),
+    (nn.LayerNorm, _layer_norm),
+    (nn.GroupNorm, _group_norm),
+)
+
+
+def _rule(module: nn.Module) -> _Rule | None:
+    return next((rule for kind, rule in _RULES if isinstance(module, kind)), None)

@@ -1,0 +1,81 @@
+"""Methods as cotangents: what is pulled back through the denoiser to make a training row.
+
+Every row is J^T v with J = d e(x_t, t, c) / d theta. All vectors follow one sign convention, that
+of a loss: v points where the loss grows, so that two rows with a positive inner product help each
+other when one of them is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .model import Model
+
+
+@dataclass(frozen=True)
+class Point:
+    """One noise level of a batch, before the forward pass."""
+
+    x_t: Tensor  # [B, C, h, w] float32
+    t: Tensor  # [B] int64
+    x_0: Tensor  # [B, C, h, w] the clean sample
+    eps: Tensor  # [B, C, h, w] the noise that takes x_0 to x_t
+    states: Tensor | None  # [B, L, D] text states of the caption
+    null: Tensor | None  # [B, L, D] text states of the empty prompt
+
+
+# (model, point, e with its graph) -> v, all [B, C, h, w]
+Cotangent = Callable[[Model, Point, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods."""
+
+    cotangent: Cotangent
+    trajectory: str  # "noise": x_0 with drawn noise; "inversion": guided DDIM inversion
+    loss_weight: bool  # whether a row's score is multiplied by its training loss
+    through_input: bool  # whether the cotangent differentiates e with respect to x_t
+    source: str
+
+
+def denoising(model: Model, point: Point, e: Tensor) -> Tensor:
+    """e - eps: the gradient of the training loss 1/2 ||e - eps||^2."""
+    return e.detach() - point.eps
+
+
+def output_norm(model: Model, point: Point, e: Tensor) -> Tensor:
+    """e: the gradient of 1/2 ||e||^2."""
+    return e.detach()
+
+
+def output_sign(model: Model, point: Point, e: Tensor) -> Tensor:
+    """sign(e): the gradient of ||e||_1."""
+    return e.detach().sign()
+
+
+def posterior_sampling(model: Model, point: Point, e: Tensor) -> Tensor:
+    """-grad_{x_t} ||xhat0(x_t) - x_0||^2: the DPS loss; one backward to x_t through the forward."""
+    residual = (model.predicted(point.x_t, point.t, e) - point.x_0).square().sum()
+    (gradient,) = torch.autograd.grad(residual, point.x_t, retain_graph=True)
+    return -gradient
+
+
+def guidance(model: Model, point: Point, e: Tensor) -> Tensor:
+    """e(null) - e(c): against the classifier-free guidance vector of the caption."""
+    with torch.no_grad():
+        null = model.noise(point.x_t, point.t, point.null)
+    return null - e.detach()
+
+
+METHODS: dict[str, Method] = {
+    "dsm": Method(denoising, "noise", False, False, "TRAK on the denoising loss (2303.14186)"),
+    "dtrak": Method(output_norm, "noise", False, False, "D-TRAK (2311.00500)"),
+    "das": Method(output_sign, "noise", True, False, "DAS (2410.18639)"),
+    "dps": Method(posterior_sampling, "inversion", False, True, "Concept-TRAK (2507.06547)"),
+    "cfg": Method(guidance, "noise", False, False, "guidance vector as a training feature (ours)"),
+}

@@ -1,0 +1,90 @@
+"""What defines a feature space: the recipe of its rows, and its identity together with a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import ModelError
+from .model import DTYPES
+from .objectives import METHODS
+from .projection import KINDS
+
+# Raise it when code changes what a recipe computes: old indexes then say so instead of mixing.
+CODE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an image becomes a row. Saved with the index, so that a query repeats it exactly."""
+
+    method: str = "dtrak"  # which cotangent, trajectory and row weight: see objectives.METHODS
+    parameters: str = "attn2"  # cross-attention: where text meets image
+    timesteps: int = 10  # noise levels per image, evenly spread over the schedule
+    steps: int = 50  # DDIM grid that the noise levels are taken from, and the inversion walks
+    guidance: float = 7.5  # of the inversion; without it the residual carries no concept
+    projection: str = "sjlt"  # unbiased, and as fast as reading the gradient once
+    dim: int = 4096  # width of a row; 2 bytes each on disk
+    dtype: str = "float32"  # of the denoiser's forward pass; cotangents are always float32
+    seed: int = 0  # of projection and noise
+
+    def __post_init__(self) -> None:
+        """Refuse values that nothing can be computed with."""
+        if self.method not in METHODS:
+            raise ModelError(f"method {self.method!r} is unknown; choose {', '.join(METHODS)}")
+        if self.projection not in KINDS:
+            raise ModelError(
+                f"projection {self.projection!r} is unknown; choose {', '.join(KINDS)}"
+            )
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype {self.dtype!r} is unknown; choose {', '.join(DTYPES)}")
+        if not 1 <= self.timesteps <= self.steps:
+            raise ModelError(
+                f"timesteps {self.timesteps} must lie between 1 and the {self.steps} DDIM steps"
+            )
+        if self.dim < 1:
+            raise ModelError(f"--dim {self.dim} is not positive; 1024 to 16384 are usual")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that an index was made with.
+
+        Raises:
+            ModelError: fields that this version does not know.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ModelError(f"recipe has unknown fields {', '.join(unknown)}; update headwater")
+        return cls(**values)
+
+
+def feature_space(recipe: Recipe, fingerprint: Mapping[str, str]) -> dict[str, Any]:
+    """Everything two rows must share to be comparable, as one JSON object."""
+    return {"code": CODE_VERSION, "recipe": asdict(recipe), "model": dict(fingerprint)}
+
+
+def feature_space_id(space: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a feature space, first 16 hex digits."""
+    canonical = json.dumps(space, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The parts in which two feature spaces differ, for an error message."""
+    found = []
+    for key in sorted(set(mine) | set(theirs)):
+        left, right = mine.get(key), theirs.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += [f"{key}.{part}" for part in differences(left, right)]
+        elif left != right:
+            found.append(f"{key} ({_short(left)} against {_short(right)})")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else text[:12] + "..."

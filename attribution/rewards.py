@@ -1,0 +1,103 @@
+"""Query gradients: a concept, asked in one of four ways, becomes a vector beside the rows.
+
+Signs follow objectives.py: a row with a positive inner product taught the concept. Raising a
+reward moves e against grad R, so the loss that falls is -R, its cotangent is + s_t grad R, and the
+slider is the special case R = log p(c | x_t) - log p(c- | x_t), for which
+s_t grad R = -(e(c) - e(c-)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .engine import Engine
+from .errors import ModelError
+from .model import Model
+from .objectives import Cotangent, Point
+
+SPACES = ("x_t", "image")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Any differentiable score of a picture: what it rewards is the concept.
+
+    `function` maps a batch [B, C, H, W] to one value per sample [B] (or to their sum). It sees
+    x_t itself, or with `of="image"` the predicted image in about [-1, 1].
+    """
+
+    function: Callable[[Tensor], Tensor]
+    of: str = "image"
+
+    def __post_init__(self) -> None:
+        """Refuse a space that does not exist."""
+        if self.of not in SPACES:
+            raise ModelError(f"reward of {self.of!r} is unknown; choose {' or '.join(SPACES)}")
+
+
+def image_rows(engine: Engine, x_0: Tensor, prompts: Sequence[str], keys: Sequence[str]) -> Tensor:
+    """Whole-image attribution: the training row that each sample x_0 [S, ...] would have."""
+    return engine.rows(x_0, prompts, keys).features
+
+
+def contrast_rows(
+    engine: Engine,
+    x_0: Tensor,
+    prompts: Sequence[str],
+    contrasts: Sequence[str],
+    keys: Sequence[str],
+) -> Tensor:
+    """What each prompt changes in its picture's row against its contrast, at the same x_t.
+
+    J(c)^T v(c) - J(c-)^T v(c-), each scaled to unit norm: [S, dim]. What the picture shows
+    whatever the text says cancels; what remains is how the text's concept is drawn.
+    """
+    lacking, _ = engine.states(contrasts)
+    through_input = engine.method.through_input
+    rows = torch.zeros(len(x_0), engine.projector.dim, device=engine.model.device)
+    for point in engine.points(x_0, prompts, keys):
+        rows += engine.gradient(point, engine.method.cotangent, through_input)[0]
+        point = replace(point, states=lacking)
+        rows -= engine.gradient(point, engine.method.cotangent, through_input)[0]
+    return rows
+
+
+def slider_rows(engine: Engine, points: Iterable[Point], contrasts: Sequence[str]) -> Tensor:
+    """Concept-TRAK's concept reward: cotangent -(e(c) - e(c-)), summed over points, [S, dim]."""
+    lacking, _ = engine.states(contrasts)
+
+    def cotangent(model: Model, point: Point, e: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.noise(point.x_t, point.t, lacking) - e.detach()
+
+    return _path_rows(engine, points, cotangent, through_input=False)
+
+
+def reward_rows(engine: Engine, points: Iterable[Point], reward: Reward) -> Tensor:
+    """A general reward, cotangent s_t grad_{x_t} R, summed over the points: [S, dim]."""
+
+    def cotangent(model: Model, point: Point, e: Tensor) -> Tensor:
+        seen = point.x_t
+        if reward.of == "image":
+            seen = model.decode(model.predicted(point.x_t, point.t, e))
+        value = reward.function(seen)
+        if not isinstance(value, Tensor) or value.grad_fn is None:
+            raise ModelError(
+                "the reward is not differentiable in its argument; return a tensor computed "
+                "from it with torch operations"
+            )
+        (gradient,) = torch.autograd.grad(value.sum(), point.x_t, retain_graph=True)
+        _, s = model.coefficients(point.t)
+        return s * gradient
+
+    return _path_rows(engine, points, cotangent, through_input=True)
+
+
+def _path_rows(
+    engine: Engine, points: Iterable[Point], cotangent: Cotangent, through_input: bool
+) -> Tensor:
+    return torch.stack([engine.gradient(p, cotangent, through_input)[0] for p in points]).sum(0)
