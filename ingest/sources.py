@@ -1,0 +1,215 @@
+"""A corpus as a stream of items: image bytes, caption, licence, rights holder, everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from headwater.index import IndexStoreError, filter_positions
+
+from .columns import ColumnNames, dropped_columns, flag, kept_columns
+from .errors import SourceError
+from .listing import Listing, read_listing
+
+__all__ = ["ColumnNames", "Source", "SourceItem", "open_source"]
+
+_ROWS_AT_ONCE = 256
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """One training image with what is known about it. Either `data` or `error` is set."""
+
+    item_id: str  # unique in its source, the same whatever the row's position
+    uri: str  # where it lies, relative to the source: "cats/1.png", "train.parquet#17"
+    data: bytes | None  # the encoded image; None when it could not be found
+    caption: str
+    licence: str | None
+    rights_holder: str | None
+    source: str | None
+    extra: dict[str, Any]  # the user's other columns, by their names in the items table
+    error: str | None  # why the item belongs into quarantine
+
+
+@dataclass(frozen=True)
+class Source:
+    """The selected items of a corpus; iterate over it as often as needed, it streams."""
+
+    label: str  # the path as given, for messages
+    listing: Listing
+    positions: npt.NDArray[np.int64]  # of the selected records in the listing, ascending
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The user's column names."""
+        return tuple(self.listing.schema.names)
+
+    @property
+    def names(self) -> ColumnNames:
+        """Which column serves as what."""
+        return self.listing.names
+
+    @cached_property
+    def extra_schema(self) -> pa.Schema:
+        """Names and types of `SourceItem.extra`, so that every batch of items has one schema."""
+        table = self.listing.table
+        kept = kept_columns(self.listing.schema, self.names)
+        return pa.schema([(new, table.schema.field(name).type) for name, new in kept.items()])
+
+    def __len__(self) -> int:
+        """Return the number of selected records."""
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[SourceItem]:
+        """Yield the items in the order of the corpus, few image bytes in memory at a time."""
+        cells = self.listing.cells(self.positions)
+        ids = _Ids(self._given_ids())
+        kept = kept_columns(self.listing.schema, self.names)
+        for first in range(0, len(self.positions), _ROWS_AT_ONCE):
+            chunk = self.positions[first : first + _ROWS_AT_ONCE]
+            taken = self.listing.table.take(pa.array(chunk))
+            records = taken.to_pylist() if taken.num_columns else [{} for _ in chunk]
+            for position, record in zip(chunk.tolist(), records, strict=True):
+                yield self._item(position, record, next(cells), ids, kept)
+
+    def _item(
+        self, position: int, record: dict[str, Any], cell: Any, ids: _Ids, kept: dict[str, str]
+    ) -> SourceItem:
+        names, listing = self.names, self.listing
+        data, error = _load(cell, listing.base(position))
+        error = listing.errors.get(position, error)
+        is_path = isinstance(cell, str) and bool(cell)
+        # A listing of paths knows its uris; elsewhere a path says more than a row number.
+        uri = cell if is_path and not listing.keyed_by_uri else listing.uri(position)
+        caption = _text(record, names.caption) or ""
+        given = _text(record, names.id) if names.id is not None else None
+        if given:
+            item_id, repeated = ids.claim(given)
+            if repeated:
+                error = error or f"duplicate item id {given!r}"
+        else:
+            key = uri if listing.keyed_by_uri else _content_key(data, uri, caption)
+            item_id, _ = ids.claim(key)
+            if names.id is not None:
+                error = error or f"no item id in column {names.id!r}"
+        return SourceItem(
+            item_id=item_id,
+            uri=uri,
+            data=None if error else data,
+            caption=caption,
+            licence=_text(record, names.licence),
+            rights_holder=_text(record, names.rights_holder),
+            source=_text(record, names.source),
+            extra={new: record[name] for name, new in kept.items()},
+            error=error,
+        )
+
+    def _given_ids(self) -> set[str]:
+        if self.names.id is None:
+            return set()
+        column = self.listing.table[self.names.id].take(pa.array(self.positions))
+        return {str(value) for value in column.to_pylist() if value is not None}
+
+
+def open_source(
+    path: str | Path,
+    *,
+    columns: ColumnNames = ColumnNames(),  # noqa: B008 (frozen)
+    where: str | None = None,
+    limit: int | None = None,
+    captions_required: bool = True,
+) -> Source:
+    """Open a corpus: a Parquet file, a folder of them, or a folder of images with captions.
+
+    columns            the user's names where they differ from `columns.CONVENTIONS`
+    where              a DuckDB expression over the user's columns, in the user's names
+    limit              the first so many of the selected records
+    captions_required  False for a model without prompts: a corpus without captions will do
+
+    Raises SourceError, one line with the remedy, when there is nothing to ingest.
+
+    >>> source = open_source("train.parquet", where="\\"group\\" = 'animals'", limit=300)
+    >>> for item in source: ...
+    """
+    listing = read_listing(Path(path), columns)
+    if listing.names.caption is None and captions_required:
+        raise SourceError(
+            f"no column of {path} holds captions; name it with {flag('caption')}, or for a folder "
+            "of images put a .txt beside each or add metadata.jsonl; "
+            f"its columns: {', '.join(listing.schema.names)}"
+        )
+    if listing.rows == 0:
+        raise SourceError(f"{path} holds no records; give a corpus with at least one image")
+    if limit is not None and limit < 1:
+        raise SourceError(f"--limit {limit}: give a number from 1 on")
+    positions = np.arange(listing.rows, dtype=np.int64)
+    if where is not None:
+        try:
+            positions = filter_positions(listing.table, where)
+        except IndexStoreError as error:
+            raise SourceError(f"{path}: {error}") from error
+        if not len(positions):
+            raise SourceError(
+                f"no record of {path} satisfies --where {where!r} (of {listing.rows}); widen it"
+            )
+    if dropped := dropped_columns(listing.schema, listing.names):
+        _log.warning("columns of %s that hold bytes are not kept: %s", path, ", ".join(dropped))
+    return Source(label=str(path), listing=listing, positions=positions[:limit])
+
+
+class _Ids:
+    """Hands out ids, each once: a repeated one gets "~2", "~3", never one the user gave."""
+
+    def __init__(self, given: set[str]) -> None:
+        self._given = given
+        self._used: set[str] = set()
+        self._next: dict[str, int] = {}
+
+    def claim(self, wanted: str) -> tuple[str, bool]:
+        """Return (the id to use, whether `wanted` was taken)."""
+        if wanted not in self._used:
+            self._used.add(wanted)
+            return wanted, False
+        number = self._next.get(wanted, 2)
+        while (candidate := f"{wanted}~{number}") in self._used or candidate in self._given:
+            number += 1
+        self._next[wanted] = number + 1
+        self._used.add(candidate)
+        return candidate, True
+
+
+def _load(cell: Any, base: Path) -> tuple[bytes | None, str | None]:
+    """Return (image bytes, None) or (None, why there are none)."""
+    if isinstance(cell, dict):  # the Hugging Face Image feature
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if isinstance(cell, bytes):
+        return cell, None
+    if not cell:
+        return None, "no image in this record"
+    path = base / cell
+    try:
+        if not path.is_file():
+            return None, f"no such image file: {cell}"
+        return path.read_bytes(), None
+    except OSError as error:
+        return None, f"image file cannot be read ({error.strerror}): {cell}"
+
+
+def _content_key(data: bytes | None, uri: str, caption: str) -> str:
+    content = data if data is not None else uri.encode()
+    return hashlib.sha256(content + caption.encode()).hexdigest()[:16]
+
+
+def _text(record: dict[str, Any], name: str | None) -> str | None:
+    value = record[name] if name is not None else None
+    return None if value is None else str(value)
