@@ -1,0 +1,26 @@
+"""A concept -> evidence: gradients of the question, search, statistics, reports.
+
+concept.py    what is asked, and how
+gradients.py  pictures, trajectories and query rows, seed by seed
+ask.py        an index that can be asked
+result.py     the answer: hits, roll-up, JSON
+report.py     the answer as one HTML page
+"""
+
+from .ask import Index
+from .concept import Asking, Concept
+from .errors import QueryError
+from .report import Section, write_report
+from .result import Hit, Result, write_json
+
+__all__ = [
+    "Asking",
+    "Concept",
+    "Hit",
+    "Index",
+    "QueryError",
+    "Result",
+    "Section",
+    "write_json",
+    "write_report",
+]

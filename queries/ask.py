@@ -1,0 +1,161 @@
+"""Asking an index: gradients, preconditioning, search, evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from headwater.attribution import (
+    Curvature,
+    Engine,
+    Model,
+    Recipe,
+    differences,
+    feature_space,
+)
+from headwater.index import Catalog, StoredIndex, search
+
+from .concept import Asking, Concept, check
+from .errors import QueryError
+from .gradients import query_rows, to_images
+from .result import Hit, Result
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index that can be asked.
+
+    >>> Index("idx/").query(Concept("a cat", contrast="an animal"), model, top=20)
+    """
+
+    folder: str | Path
+
+    @cached_property
+    def stored(self) -> StoredIndex:
+        """The index on disk, opened at the first use."""
+        return StoredIndex.open(self.folder)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How the rows were computed."""
+        return Recipe.from_dict(self.stored.manifest.recipe["recipe"])
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The items and their columns."""
+        return Catalog(self.stored.items())
+
+    @cached_property
+    def curvature(self) -> Curvature:
+        """The damped inverse of it is what queries are multiplied with."""
+        return Curvature.from_arrays(self.stored.curvature())
+
+    def query(
+        self,
+        concept: Concept,
+        model: Model,
+        *,
+        asking: Asking | None = None,
+        where: str | None = None,
+        top: int = 10,
+        recipe: Recipe | None = None,
+    ) -> Result:
+        """Rank training images by how much they taught the model the concept.
+
+        Args:
+            concept: what is asked about.
+            model: the model whose training images the index holds.
+            asking: how it is asked; the default is the measured best.
+            where: DuckDB expression over the item columns; only matching items are ranked.
+            top: length of the ranking.
+            recipe: refuse to answer unless the index was made with this recipe.
+
+        Raises:
+            QueryError: the concept is empty, or the index was made with another model or recipe.
+            IndexStoreError: no index, a bad `where`, or fewer items than `top`.
+        """
+        asking = asking or Asking()
+        check(concept, asking, conditional=model.conditional)
+        self.check_model(model, recipe)
+        positions = self.catalog.select(where)
+        if not 1 <= top <= len(positions):
+            raise QueryError(
+                f"top is {top}, but {len(positions)} items can be ranked"
+                + (f" under {where!r}" if where else "")
+                + (f"; choose 1 to {len(positions)}" if len(positions) else "; widen --where")
+            )
+        engine = Engine(model, self.recipe)
+        rows, x_0 = query_rows(engine, concept, asking)
+        if not rows.isfinite().all():
+            raise QueryError("the query gradient is not finite; try --dtype float32 at ingest")
+        if not rows.any():
+            raise QueryError(
+                "the query gradient is zero: the model draws the same for prompt and contrast "
+                "(words it does not know are alike to it); choose other words"
+            )
+        vectors = torch.cat([rows.mean(0, keepdim=True), rows])
+        solved = self.curvature.precondition(vectors, asking.damping).cpu().numpy()
+        scores, found = search(self.stored, solved[:1], top, positions=positions)
+        agreement = None
+        if len(rows) > 1:
+            _, alone = search(self.stored, solved[1:], top, positions=positions)
+            agreement = float(np.isin(alone, found[0]).mean())
+        question = _question(concept, asking, where, top)
+        hits = tuple(
+            Hit(rank, item["item_id"], float(score), item)
+            for rank, (item, score) in enumerate(
+                zip(self.catalog.rows(found[0]), scores[0], strict=True), start=1
+            )
+        )
+        self.stored.append_ledger("query", question | {"hits": [hit.item_id for hit in hits]})
+        pictures = to_images(model, x_0 if concept.image is None else x_0[:1])
+        return Result(
+            question=question,
+            feature_space_id=self.stored.manifest.feature_space_id,
+            searched=len(positions),
+            agreement=agreement,
+            hits=hits,
+            pictures=tuple(pictures),
+            thumbnails=self.stored.thumbnails,
+        )
+
+    def check_model(self, model: Model, recipe: Recipe | None = None) -> None:
+        """Refuse a model or a recipe whose rows could not be compared with the stored ones.
+
+        Raises:
+            QueryError: names each part that differs.
+        """
+        theirs = self.stored.manifest.recipe
+        mine = feature_space(recipe or self.recipe, model.fingerprint)
+        found = differences(mine, theirs)
+        if found:
+            raise QueryError(
+                f"{self.folder} was made in another feature space; different: {', '.join(found)}; "
+                "use the model and recipe it was made with, or ingest again"
+            )
+
+
+def _question(concept: Concept, asking: Asking, where: str | None, top: int) -> dict[str, Any]:
+    picture: Any = concept.image
+    if isinstance(picture, Image.Image):
+        picture = f"a {picture.width} x {picture.height} picture given in memory"
+    reward: Mapping[str, Any] = {}
+    if concept.reward is not None:
+        name = getattr(concept.reward.function, "__qualname__", repr(concept.reward.function))
+        reward = {"reward": name, "reward_of": concept.reward.of}
+    return {
+        "prompt": concept.prompt,
+        "contrast": concept.contrast,
+        "image": None if picture is None else str(picture),
+        "where": where,
+        "top": top,
+        **reward,
+        **asdict(asking),
+    }

@@ -1,0 +1,86 @@
+"""What is asked: a concept, and how it is turned into gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from headwater.attribution import METHODS, Reward
+
+from .errors import QueryError
+
+KINDS = ("contrast", "slider", "image", "reward")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What `prompt` has and `contrast` has not.
+
+    With `image` the question is about that picture (local), without it about the pictures that
+    the model makes for the prompt (global). A `reward` defines the concept by a function instead.
+    """
+
+    prompt: str = ""
+    contrast: str = ""
+    image: str | Path | Image.Image | None = None
+    reward: Reward | None = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a concept is asked. Saved with the result, so that it can be replayed."""
+
+    method: str = "contrast"  # one of KINDS
+    seeds: int = 8  # pictures generated, or noise draws over the given one; results are averaged
+    seed: int = 0  # of the first
+    steps: int = 50  # DDIM steps of a generated picture
+    guidance: float = 7.5  # of a generated picture
+    damping: float = 3.0  # lambda in units of the rows' mean squared length
+    batch_size: int = 16  # pictures per forward pass; changes speed, not results
+
+    def __post_init__(self) -> None:
+        """Refuse values that no question can be asked with."""
+        if self.method in METHODS:
+            raise QueryError(
+                f"{self.method!r} is a training method, fixed when the index was made (`headwater "
+                f"inspect` shows which); a query's method is one of {', '.join(KINDS)}"
+            )
+        if self.method not in KINDS:
+            raise QueryError(f"query method {self.method!r} is unknown; choose {', '.join(KINDS)}")
+        for name in ("seeds", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise QueryError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.damping > 0:
+            raise QueryError(f"damping is {self.damping}; it must be positive (default 3)")
+
+
+def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
+    """Refuse a concept that the method cannot see.
+
+    Raises:
+        QueryError: equal sides of a contrast, a missing or superfluous reward, text for a model
+            that takes none.
+    """
+    if not conditional and (concept.prompt or concept.contrast):
+        text = concept.prompt or concept.contrast
+        raise QueryError(
+            f"this model takes no text, so {text!r} means nothing to it; "
+            "ask with --method image, or with a reward from Python"
+        )
+    if asking.method in ("contrast", "slider"):
+        if not conditional:
+            raise QueryError(
+                f"--method {asking.method} compares two prompts and this model takes no text; "
+                "ask with --method image, or with a reward from Python"
+            )
+        if concept.prompt == concept.contrast:
+            raise QueryError(
+                f"prompt and contrast are both {concept.prompt!r}, so the concept between them is "
+                "nothing (a zero gradient); leave out of --contrast what you ask about"
+            )
+    if (asking.method == "reward") != (concept.reward is not None):
+        raise QueryError(
+            "method 'reward' and Concept(reward=...) belong together: give both or neither"
+        )

@@ -1,0 +1,105 @@
+"""From a concept to query rows: pictures, trajectories and gradients, seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from headwater.attribution import (
+    Engine,
+    ImageRejected,
+    Model,
+    Point,
+    contrast_rows,
+    ddim_grid,
+    decode,
+    fit,
+    generation_path,
+    image_rows,
+    kept,
+    reward_rows,
+    seeded_noise,
+    slider_rows,
+)
+
+from .concept import Asking, Concept
+from .errors import QueryError
+
+
+def query_rows(engine: Engine, concept: Concept, asking: Asking) -> tuple[Tensor, Tensor]:
+    """One row per seed [S, dim] float32, and the pictures x_0 [S, C, h, w] they are about."""
+    model = engine.model
+    given = None if concept.image is None else encode_picture(model, concept.image)
+    rows, pictures = [], []
+    for start in range(0, asking.seeds, asking.batch_size):
+        stop = min(start + asking.batch_size, asking.seeds)
+        keys = [f"query/{asking.seed + i}" for i in range(start, stop)]
+        prompts, contrasts = [concept.prompt] * len(keys), [concept.contrast] * len(keys)
+        path: Iterable[Point] | None = None
+        if given is None:
+            x_0, path = generate(engine, prompts, keys, asking)
+        else:
+            x_0 = given.expand(len(keys), -1, -1, -1)
+        if asking.method == "contrast":
+            rows.append(contrast_rows(engine, x_0, prompts, contrasts, keys))
+        elif asking.method == "image":
+            rows.append(image_rows(engine, x_0, prompts, keys))
+        else:
+            path = engine.points(x_0, prompts, keys) if path is None else path
+            if asking.method == "slider":
+                rows.append(slider_rows(engine, path, contrasts))
+            else:
+                assert concept.reward is not None  # concept.check
+                rows.append(reward_rows(engine, path, concept.reward))
+        pictures.append(x_0)
+    return torch.cat(rows), torch.cat(pictures)
+
+
+def generate(
+    engine: Engine, prompts: list[str], keys: list[str], asking: Asking
+) -> tuple[Tensor, list[Point]]:
+    """Pictures x_0 [S, C, h, w] for the prompts, and the points of their generation paths."""
+    model = engine.model
+    noise = torch.stack(
+        [seeded_noise(engine.recipe.seed, f"generate/{key}", model.sample_shape) for key in keys]
+    )
+    states, null = engine.states(prompts)
+    grid = ddim_grid(model, asking.steps)
+    return generation_path(
+        model,
+        noise.to(model.device),
+        states,
+        null,
+        grid=grid,
+        timesteps=kept(grid, min(engine.recipe.timesteps, asking.steps)),
+        guidance=asking.guidance,
+    )
+
+
+def encode_picture(model: Model, picture: str | Path | Image.Image) -> Tensor:
+    """A picture file or PIL image as x_0 [1, C, h, w], fitted to the model's size.
+
+    Raises:
+        QueryError: a file that is missing or no picture.
+    """
+    if not isinstance(picture, Image.Image):
+        try:
+            picture = decode(Path(picture).read_bytes())
+        except OSError as error:
+            raise QueryError(f"image {picture}: {error.strerror}; check --image") from error
+        except ImageRejected as error:
+            raise QueryError(f"image {picture} cannot be used: {error}") from error
+    pixels = torch.from_numpy(fit(picture, model.image_size)).permute(2, 0, 1)[None]
+    return model.encode_images(pixels.float() / 127.5 - 1)
+
+
+@torch.no_grad()
+def to_images(model: Model, x_0: Tensor) -> list[Image.Image]:
+    """Samples x_0 [S, C, h, w] as PIL images."""
+    pixels = model.decode(x_0.to(model.device)).clamp(-1, 1)
+    array = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image.squeeze()) for image in array]
