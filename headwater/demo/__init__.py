@@ -1,0 +1,1 @@
+"""The embedded demo: drawings by fictional studios, and the corpus a tiny model learnt from."""
