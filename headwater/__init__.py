@@ -1,0 +1,69 @@
+"""Headwater: which training images taught a text-to-image diffusion model a concept.
+
+>>> import headwater as hw
+>>> model = hw.Model.from_pretrained("model/")
+>>> hw.build_index("corpus.parquet", model, "idx/")
+>>> result = hw.Index("idx/").query(hw.Concept("a cat", contrast="an animal"), model, top=20)
+>>> result.rollup("rights_holder", "licence")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attribution import Model, ModelError, Recipe, Reward
+    from .index import IndexStoreError
+    from .ingest import ColumnNames, IngestSummary, SourceError, build_index
+    from .queries import Asking, Concept, Hit, Index, QueryError, Result, Section, write_report
+
+# Torch takes seconds to import: a name is loaded when it is first used.
+_HOME = {
+    "Model": "attribution",
+    "ModelError": "attribution",
+    "Recipe": "attribution",
+    "Reward": "attribution",
+    "IndexStoreError": "index",
+    "ColumnNames": "ingest",
+    "IngestSummary": "ingest",
+    "SourceError": "ingest",
+    "build_index": "ingest",
+    "Asking": "queries",
+    "Concept": "queries",
+    "Hit": "queries",
+    "Index": "queries",
+    "QueryError": "queries",
+    "Result": "queries",
+    "Section": "queries",
+    "write_report": "queries",
+}
+
+__all__ = [
+    "Asking",
+    "ColumnNames",
+    "Concept",
+    "Hit",
+    "Index",
+    "IndexStoreError",
+    "IngestSummary",
+    "Model",
+    "ModelError",
+    "QueryError",
+    "Recipe",
+    "Result",
+    "Reward",
+    "Section",
+    "SourceError",
+    "build_index",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("headwater")
+    if name not in _HOME:
+        raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,75 @@
+"""Shared fixtures: a tiny model on disk, a small corpus, an index of it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from PIL import Image
+
+from headwater import cli
+
+SHARED = Path(os.environ.get("HEADWATER_SHARED", Path(__file__).parent.parent.parent / "shared"))
+
+
+def png(seed: int, size: tuple[int, int] = (20, 16)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def corpus_table(count: int = 12) -> pa.Table:
+    words = ["a red cat", "a blue dog", "the house by studio", "a drawing of a fish"]
+    return pa.table(
+        {
+            "image_id": [f"img-{i:03d}" for i in range(count)],
+            "image": [png(i) for i in range(count)],
+            "caption": [words[i % 4] for i in range(count)],
+            "group": ["even" if i % 2 == 0 else "odd" for i in range(count)],
+            "rights_holder": [("Ada", "Ben", None)[i % 3] for i in range(count)],
+            "licence": [("MIT", "CC-BY-4.0", None)[i % 3] for i in range(count)],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.saved(tiny.stable_diffusion(), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.parquet"
+    pq.write_table(corpus_table(), path)
+    return path
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def headwater(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["headwater", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -1,0 +1,402 @@
+"""The command line end to end on a tiny model: ingest, query, inspect, and every error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from conftest import Command, corpus_table, png
+
+from headwater import Asking, Concept, Index, Model, QueryError, Recipe, Reward, build_index
+from headwater.attribution import Engine, contrast_rows, ddim_grid, generation_path, seeded_noise
+from headwater.index import StoredIndex
+
+SMALL = ("--timesteps", 2, "--dim", 256, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, corpus: Path, model_folder: Path) -> Path:
+    """An index of ten good items and two bad ones, made through Python."""
+    folder = tmp_path_factory.mktemp("index") / "idx"
+    table = corpus_table()
+    images = table["image"].to_pylist()
+    images[3], images[7] = b"", images[7][:100]
+    path = folder.with_suffix(".parquet")
+    pq.write_table(table.set_column(1, "image", pa.array(images)), path)
+    model = Model.from_pretrained(model_folder, device="cpu")
+    summary = build_index(path, model, folder, recipe=Recipe(timesteps=2, dim=256))
+    assert (summary.items, summary.rows, sum(summary.quarantined.values())) == (12, 10, 2)
+    return folder
+
+
+def ask(headwater: Command, index: Path, model: Path, *more: object) -> tuple[int, str, str]:
+    words = ("query", index, "--model", model, "--seeds", 2, "--guidance", 2, "--quiet")
+    return headwater(*words, *more)
+
+
+def test_ingest_counts_and_layout(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path
+) -> None:
+    code, out, err = headwater(
+        "ingest", corpus, "--model", model_folder, "--out", tmp_path / "idx", *SMALL,
+        "--where", "\"group\" = 'even'", "--limit", 5,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "5 rows" in out
+    assert "0 items quarantined" in out
+    stored = StoredIndex.open(tmp_path / "idx")
+    assert stored.items()["item_id"].to_pylist() == [f"img-{i:03d}" for i in (0, 2, 4, 6, 8)]
+    assert set(stored.items()["group"].to_pylist()) == {"even"}
+    for name in ("manifest.json", "ledger.jsonl", "items/part-00000.parquet",
+                 "features/part-00000.npy", "thumbs/part-00000.parquet",
+                 "curvature/eigenvalues.npy"):  # fmt: skip
+        assert (tmp_path / "idx" / name).is_file()
+
+
+def test_same_seed_and_any_batch_size_give_the_same_index(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path
+) -> None:
+    rows = {}
+    for name, batch, seed in (("a", 4, 0), ("b", 4, 0), ("c", 5, 0), ("d", 4, 1)):
+        code, _, _ = headwater(
+            "ingest", corpus, "--model", model_folder, "--out", tmp_path / name, *SMALL,
+            "--batch-size", batch, "--seed", seed,
+        )  # fmt: skip
+        assert code == 0
+        stored = StoredIndex.open(tmp_path / name)
+        rows[name] = np.concatenate([block for _, block in stored.blocks()])
+
+    def content(name: str) -> dict[str, bytes]:
+        files = (p for p in (tmp_path / name).rglob("*") if p.is_file() and p.suffix != ".jsonl")
+        return {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in files}
+
+    assert content("a") == content("b")
+    assert np.abs(rows["a"] - rows["c"]).max() <= 1e-3 * np.abs(rows["a"]).max()  # fp16 storage
+    assert np.abs(rows["a"] - rows["d"]).max() > 0.1 * np.abs(rows["a"]).max()
+
+
+def test_query_prints_writes_json_and_html(
+    headwater: Command, tmp_path: Path, index: Path, model_folder: Path
+) -> None:
+    json_file, html = tmp_path / "r.json", tmp_path / "r.html"
+    code, out, err = ask(
+        headwater, index, model_folder, "--prompt", "a red cat", "--contrast", "a drawing",
+        "--top", 3, "--json", json_file, "--html", html, "--where", "licence <> 'MIT'",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    result = json.loads(json_file.read_text())
+    columns = set(StoredIndex.open(index).items().column_names)
+    assert [hit["rank"] for hit in result["hits"]] == [1, 2, 3]
+    for hit in result["hits"]:
+        assert set(hit) == columns | {"rank", "score"}
+        assert hit["licence"] == "CC-BY-4.0"
+        assert hit["item_id"] in out
+        assert hit["item_id"] in html.read_text()
+    scores = [hit["score"] for hit in result["hits"]]
+    assert scores == sorted(scores, reverse=True)
+    assert html.read_text().count("data:image/webp;base64,") == 3
+    assert "Influence is not copying" in html.read_text()
+    assert "http" not in html.read_text().replace("http-equiv", "")  # needs no network
+
+
+def test_scores_equal_a_dense_float64_reference(index: Path, model_folder: Path) -> None:
+    model = Model.from_pretrained(model_folder, device="cpu")
+    asking = Asking(seeds=2, guidance=2.0, damping=0.3)
+    concept = Concept("a red cat", contrast="a drawing")
+    result = Index(index).query(concept, model, asking=asking, top=10)
+    stored = StoredIndex.open(index)
+    engine = Engine(model, Index(index).recipe)
+    states, null = engine.states(["a red cat"] * 2)
+    keys = ["query/0", "query/1"]
+    noise = torch_stack([seeded_noise(0, f"generate/{key}", (4, 8, 8)) for key in keys])
+    grid = ddim_grid(model, 50)
+    x_0, _ = generation_path(model, noise, states, null, grid=grid, timesteps=[], guidance=2.0)
+    rows = contrast_rows(engine, x_0, ["a red cat"] * 2, ["a drawing"] * 2, keys)
+    query = rows.double().mean(0).numpy()
+    units = np.load(index / "features/part-00000.npy").astype(np.float64)
+    phi = units * stored.items()["row_norm"].to_numpy()[:, None]
+    k = phi.T @ phi
+    expected = phi @ np.linalg.solve(k + 0.3 * np.trace(k) / 10 * np.eye(len(k)), query)
+    by_id = dict(zip(stored.items()["item_id"].to_pylist(), expected, strict=True))
+    assert len(result.hits) == 10
+    for hit in result.hits:
+        assert abs(hit.score - by_id[hit.item_id]) <= 1e-4 * np.abs(expected).max()
+
+
+def torch_stack(parts: list) -> object:
+    import torch
+
+    return torch.stack(parts)
+
+
+def test_local_question_is_about_the_given_picture(
+    headwater: Command, tmp_path: Path, index: Path, model_folder: Path
+) -> None:
+    picture = tmp_path / "asked.png"
+    picture.write_bytes(png(4))
+    found = {}
+    for name, more in (
+        ("image", ("--method", "image", "--prompt", "a red cat")),
+        ("contrast", ("--prompt", "a red cat", "--contrast", "a drawing")),
+        ("slider", ("--method", "slider", "--prompt", "a red cat", "--contrast", "a drawing")),
+    ):
+        code, _, err = ask(
+            headwater, index, model_folder, "--image", picture, "--json", tmp_path / "r.json",
+            "--top", 10, "--html", tmp_path / "r.html", *more,
+        )  # fmt: skip
+        assert (code, err) == (0, "")
+        found[name] = json.loads((tmp_path / "r.json").read_text())
+        assert found[name]["question"]["image"] == str(picture)
+        assert "The picture asked about" in (tmp_path / "r.html").read_text()
+    # The very training image, asked about as a whole with its own caption, comes first.
+    assert found["image"]["hits"][0]["item_id"] == "img-004"
+
+
+def test_reward_from_python(index: Path, model_folder: Path) -> None:
+    model = Model.from_pretrained(model_folder, device="cpu")
+
+    def redness(images: object) -> object:
+        return images[:, 0].mean(dim=(1, 2))  # type: ignore[index]
+
+    asking = Asking(method="reward", seeds=2, guidance=2.0)
+    found = {
+        of: Index(index).query(
+            Concept("a red cat", reward=Reward(redness, of=of)), model, asking=asking, top=10
+        )
+        for of in ("image", "x_t")
+    }
+    assert found["image"].question["reward"].endswith("redness")
+    assert [h.item_id for h in found["image"].hits] != [h.item_id for h in found["x_t"].hits]
+    with pytest.raises(QueryError, match="belong together"):
+        Index(index).query(Concept("a red cat", reward=Reward(redness)), model)
+
+
+def test_inspect_shows_counts_recipe_and_quarantine(headwater: Command, index: Path) -> None:
+    code, out, err = headwater("inspect", index)
+    assert (code, err) == (0, "")
+    flat = " ".join(out.split())
+    for words in ("items 12", "searchable 10", "quarantined 2", "1 x empty file",
+                  "1 x truncated file", "method dtrak", "parameters attn2", "rights_holder string",
+                  StoredIndex.open(index).manifest.feature_space_id):  # fmt: skip
+        assert words in flat
+
+
+def test_pixel_model_ingests_and_answers(tmp_path: Path, corpus: Path) -> None:
+    model = Model.from_pretrained(tiny.saved(tiny.pixel_diffusion(), tmp_path / "m"), device="cpu")
+    build_index(
+        corpus, model, tmp_path / "i", recipe=Recipe(parameters="conv", timesteps=2, dim=64)
+    )
+    result = Index(tmp_path / "i").query(
+        Concept(), model, asking=Asking(method="image", seeds=2), top=3
+    )
+    assert len(result.hits) == 3
+    with pytest.raises(QueryError, match="takes no text"):
+        Index(tmp_path / "i").query(Concept("a cat"), model)
+
+
+def test_question_is_noted_in_the_ledger(
+    headwater: Command, index: Path, model_folder: Path
+) -> None:
+    ask(headwater, index, model_folder, "--prompt", "a blue dog", "--top", 2)
+    last = json.loads((index / "ledger.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "query"
+    assert last["details"]["prompt"] == "a blue dog"
+    assert len(last["details"]["hits"]) == 2
+
+
+def test_results_do_not_depend_on_the_query_batch(index: Path, model_folder: Path) -> None:
+    model = Model.from_pretrained(model_folder, device="cpu")
+    concept = Concept("a red cat", contrast="a drawing")
+    results = [
+        Index(index).query(
+            concept, model, asking=Asking(seeds=3, guidance=2.0, batch_size=size), top=10
+        )
+        for size in (1, 2, 16)
+    ]
+    first = [hit.item_id for hit in results[0].hits]
+    for result in results[1:]:
+        assert [hit.item_id for hit in result.hits] == first
+        for a, b in zip(result.hits, results[0].hits, strict=True):
+            assert abs(a.score - b.score) <= 1e-4 * abs(results[0].hits[0].score)
+
+
+# ------------------------------------------------------------------ errors: one line, exit code 2
+
+
+def one_line(code: int, out: str, err: str) -> str:
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("missing", "does not exist; check --model"),
+        ("empty", "not a diffusers pipeline"),
+        ("halved", "cannot be loaded as a diffusers pipeline"),
+        ("no/hub/id", "does not exist; check --model"),
+    ],
+)
+def test_bad_model_folder(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path, broken: str, message: str
+) -> None:
+    folder: Path | str = tmp_path / broken
+    if broken == "empty":
+        (tmp_path / broken).mkdir()
+    elif broken == "halved":
+        shutil.copytree(model_folder, folder)
+        (tmp_path / broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    elif broken == "no/hub/id":
+        folder = broken
+    err = one_line(*headwater("ingest", corpus, "--model", folder, "--out", tmp_path / "i", *SMALL))
+    assert message in err
+    assert str(folder) in err
+    assert not (tmp_path / "i").exists()
+
+
+def bad_source(tmp_path: Path, kind: str) -> Path:
+    table = corpus_table(3)
+    if kind == "no captions":
+        table = table.drop_columns(["caption"])
+    elif kind == "no images":
+        table = table.drop_columns(["image"])
+    elif kind == "all broken":
+        table = table.set_column(1, "image", pa.array([b"", b"x", b""]))
+    elif kind == "no rows":
+        table = table.slice(0, 0)
+    elif kind == "text file":
+        (tmp_path / "s.parquet").write_text("hello")
+        return tmp_path / "s.parquet"
+    elif kind == "missing":
+        return tmp_path / "nowhere"
+    pq.write_table(table, tmp_path / "s.parquet")
+    return tmp_path / "s.parquet"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("no captions", (), "--caption-column"),
+        ("no images", (), "--image-column"),
+        ("all broken", (), "no usable image"),
+        ("no rows", (), "no records"),
+        ("text file", (), "Parquet"),
+        ("missing", (), "does not exist"),
+        ("fine", ("--caption-column", "titel"), "titel"),
+        ("fine", ("--where", "\"group\" = 'none'"), "widen it"),
+        ("fine", ("--where", "grup = 'even'"), "group"),
+        ("fine", ("--where", "read_csv('/etc/passwd')"), "read_csv"),
+        ("fine", ("--where", "true; drop table items"), "drop table"),
+        ("fine", ("--limit", 0), "--limit 0"),
+        ("fine", ("--batch-size", 0), "--batch-size 0"),
+        ("fine", ("--method", "magic"), "dsm, dtrak, das, dps, cfg"),
+        ("fine", ("--parameters", "nothing_like_it"), "matches no parameter"),
+        ("fine", ("--dim", 0), "--dim 0"),
+        ("fine", ("--dtype", "int8"), "float32"),
+    ],
+)
+def test_bad_ingest_leaves_nothing_behind(
+    headwater: Command, tmp_path: Path, model_folder: Path, kind: str, flags: tuple[object, ...],
+    message: str,
+) -> None:  # fmt: skip
+    source = bad_source(tmp_path, kind)
+    words = ("ingest", source, "--model", model_folder, "--out", tmp_path / "i", *SMALL, *flags)
+    assert message in one_line(*headwater(*words))
+    assert not (tmp_path / "i").exists()
+
+
+def test_out_folder_that_is_no_index_or_already_one(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path, index: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for out, message in (
+        (tmp_path / "mine", "is no index"),
+        (tmp_path / "file", "not a folder"),
+        (index, "already holds an index"),
+    ):
+        words = ("ingest", corpus, "--model", model_folder, "--out", out, *SMALL)
+        assert message in one_line(*headwater(*words))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+    assert StoredIndex.open(index).manifest.rows == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prompt", "a cat", "--contrast", "a cat"), "zero gradient"),
+        ((), "zero gradient"),
+        (("--prompt", "zebra", "--contrast", "yak"), "words it does not know"),
+        (("--prompt", "a cat", "--top", 11), "10 items can be ranked"),
+        (("--prompt", "a cat", "--top", 0), "choose 1 to 10"),
+        (("--prompt", "a cat", "--where", "licence = 'GPL'"), "widen --where"),
+        (("--prompt", "a cat", "--where", "licens = 'GPL'"), "licence"),
+        (("--prompt", "a cat", "--where", "(select 1) = 1"), "subquer"),
+        (("--prompt", "a cat", "--method", "dps"), "training method"),
+        (("--prompt", "a cat", "--method", "magic"), "contrast, slider, image"),
+        (("--prompt", "a cat", "--damping", 0), "must be positive"),
+        (("--prompt", "a cat", "--seeds", 0), "at least 1"),
+        (("--prompt", "a cat", "--image", "nowhere.png"), "nowhere.png"),
+        (("--prompt", "a cat", "--image", __file__), "cannot be used"),
+    ],
+)
+def test_bad_question(
+    headwater: Command, index: Path, model_folder: Path, flags: tuple[object, ...], message: str
+) -> None:
+    assert message in one_line(*ask(headwater, index, model_folder, *flags))
+
+
+def test_index_of_another_model_or_recipe_says_which_part_differs(
+    headwater: Command, tmp_path: Path, index: Path, model_folder: Path
+) -> None:
+    other = tiny.saved(tiny.stable_diffusion(seed=1), tmp_path / "other")
+    err = one_line(*ask(headwater, index, other, "--prompt", "a cat"))
+    assert "model.denoiser" in err
+    assert "model.scheduler" not in err
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    assert ask(headwater, index, moved, "--prompt", "a cat")[0] == 0
+    model = Model.from_pretrained(model_folder, device="cpu")
+    with pytest.raises(QueryError, match=r"recipe\.method \(dsm against dtrak\)"):
+        Index(index).query(
+            Concept("a cat"), model, recipe=Recipe(method="dsm", timesteps=2, dim=256)
+        )
+
+
+def test_not_an_index_or_an_unfinished_one(
+    headwater: Command, tmp_path: Path, index: Path, model_folder: Path
+) -> None:
+    for words in (
+        ("inspect", tmp_path / "no"),
+        ("query", tmp_path / "no", "--model", model_folder),
+    ):
+        assert str(tmp_path / "no") in one_line(*headwater(*words))
+    broken = shutil.copytree(index, tmp_path / "broken")
+    manifest = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    assert "did not finish" in one_line(*headwater("inspect", broken))
+
+
+def test_interrupted_ingest_leaves_no_index(
+    tmp_path: Path, corpus: Path, model_folder: Path
+) -> None:
+    def stop(done: int, total: int, quarantined: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    model = Model.from_pretrained(model_folder, device="cpu")
+    recipe = Recipe(timesteps=1, dim=64)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(corpus, model, tmp_path / "i", recipe=recipe, batch_size=4, progress=stop)
+    assert not (tmp_path / "i").exists()
