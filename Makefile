@@ -2,7 +2,7 @@
 # make test   create the environment, lint, type-check, test, build the wheel
 # make lint   ruff and mypy alone
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Selection, parameter_gradients, select_parameters
-from .model import Model
+from .model import Model, exact_convolutions
 from .objectives import METHODS, Cotangent, Point
 from .projection import Projector, make_projector
 from .recipe import Recipe
@@ -98,7 +98,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `gradient`, unscaled, with the exact norm [B] of the whole gradient."""
         point = replace(point, x_t=point.x_t.detach().requires_grad_(through_input))
-        with torch.enable_grad(), _Capture(self.selection) as calls:
+        with torch.enable_grad(), exact_convolutions(), _Capture(self.selection) as calls:
             e = self.model.noise(point.x_t, point.t, point.states)
             v = cotangent(self.model, point, e)
             outputs = [output for _, _, output in calls]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,10 +204,9 @@ class Model:
         """
         inputs = x_t.to(self.dtype)
         output: Tensor
-        if states is None:
-            output = self.denoiser(inputs, t).sample
-        else:
-            output = self.denoiser(inputs, t, encoder_hidden_states=states.to(self.dtype)).sample
+        text = {} if states is None else {"encoder_hidden_states": states.to(self.dtype)}
+        with exact_convolutions():
+            output = self.denoiser(inputs, t, **text).sample
         # Some models predict a variance beside the mean.
         output = output[:, : x_t.shape[1]].float()
         a, s = self.coefficients(t)
@@ -231,6 +230,18 @@ class Model:
         """xhat0(x_t) = (x_t - s_t e) / a_t."""
         a, s = self.coefficients(t)
         return (x_t - s * e) / a
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Convolutions on a GPU that repeat to the bit and, in float32, do not round to TF32.
+
+    cuDNN's defaults do neither, and the same seed must give the same index.
+    """
+    cudnn = torch.backends.cudnn
+    flags: AbstractContextManager[None] = cudnn.flags(
+        enabled=cudnn.enabled, deterministic=True, allow_tf32=False
+    )
+    return flags
 
 
 @contextmanager

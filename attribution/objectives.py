@@ -1,8 +1,10 @@
 """Methods as cotangents: what is pulled back through the denoiser to make a training row.
 
-Every row is J^T v with J = d e(x_t, t, c) / d theta. All vectors follow one sign convention, that
-of a loss: v points where the loss grows, so that two rows with a positive inner product help each
-other when one of them is trained on.
+Every row is J^T v with J = d e(x_t, t, c) / d theta. Vectors of the loss-like methods follow one
+sign convention: v points where a loss grows, so that two rows with a positive inner product help
+each other when one of them is trained on. The output functionals of D-TRAK and DAS are no loss;
+they may be compared with themselves (image and contrast queries), where any sign cancels, but
+against a reward they have no direction.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Method:
 
     cotangent: Cotangent
     trajectory: str  # "noise": x_0 with drawn noise; "inversion": guided DDIM inversion
+    loss_like: bool  # whether v is where a training loss grows, so that rewards have a direction
     loss_weight: bool  # whether a row's score is multiplied by its training loss
     through_input: bool  # whether the cotangent differentiates e with respect to x_t
     source: str
@@ -73,9 +76,44 @@ def guidance(model: Model, point: Point, e: Tensor) -> Tensor:
 
 
 METHODS: dict[str, Method] = {
-    "dsm": Method(denoising, "noise", False, False, "TRAK on the denoising loss (2303.14186)"),
-    "dtrak": Method(output_norm, "noise", False, False, "D-TRAK (2311.00500)"),
-    "das": Method(output_sign, "noise", True, False, "DAS (2410.18639)"),
-    "dps": Method(posterior_sampling, "inversion", False, True, "Concept-TRAK (2507.06547)"),
-    "cfg": Method(guidance, "noise", False, False, "guidance vector as a training feature (ours)"),
+    "dsm": Method(
+        cotangent=denoising,
+        trajectory="noise",
+        loss_like=True,
+        loss_weight=False,
+        through_input=False,
+        source="TRAK on the denoising loss (2303.14186)",
+    ),
+    "dtrak": Method(
+        cotangent=output_norm,
+        trajectory="noise",
+        loss_like=False,
+        loss_weight=False,
+        through_input=False,
+        source="D-TRAK (2311.00500)",
+    ),
+    "das": Method(
+        cotangent=output_sign,
+        trajectory="noise",
+        loss_like=False,
+        loss_weight=True,
+        through_input=False,
+        source="DAS (2410.18639)",
+    ),
+    "dps": Method(
+        cotangent=posterior_sampling,
+        trajectory="inversion",
+        loss_like=True,
+        loss_weight=False,
+        through_input=True,
+        source="Concept-TRAK (2507.06547)",
+    ),
+    "cfg": Method(
+        cotangent=guidance,
+        trajectory="noise",
+        loss_like=True,
+        loss_weight=False,
+        through_input=False,
+        source="guidance vector as a training feature (ours)",
+    ),
 }

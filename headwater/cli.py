@@ -249,6 +249,8 @@ def print_result(result: Any) -> None:
     for group in result.rollup("rights_holder", "licence"):
         holder, licence = group["rights_holder"] or "not stated", group["licence"] or "no licence"
         out.print(escape(f"{group['share']:4.0%}  {holder}, {licence}"))
+    for warning in result.warnings:
+        err.print(f"[bold yellow]warning:[/] {escape(warning)}")
     if result.agreement is not None:
         out.print(
             f"{result.searched:,} images searched; one seed alone finds "

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from headwater.attribution import (
+    METHODS,
     Curvature,
     Engine,
     Model,
@@ -121,6 +122,7 @@ class Index:
             feature_space_id=self.stored.manifest.feature_space_id,
             searched=len(positions),
             agreement=agreement,
+            warnings=_warnings(asking, self.recipe),
             hits=hits,
             pictures=tuple(pictures),
             thumbnails=self.stored.thumbnails,
@@ -140,6 +142,16 @@ class Index:
                 f"{self.folder} was made in another feature space; different: {', '.join(found)}; "
                 "use the model and recipe it was made with, or ingest again"
             )
+
+
+def _warnings(asking: Asking, recipe: Recipe) -> tuple[str, ...]:
+    if asking.method in ("slider", "reward") and not METHODS[recipe.method].loss_like:
+        suited = ", ".join(name for name, method in METHODS.items() if method.loss_like)
+        return (
+            f"a {asking.method} has no defined direction against {recipe.method} rows: top and "
+            f"bottom may be exchanged; ask with a contrast, or ingest with {suited}",
+        )
+    return ()
 
 
 def _question(concept: Concept, asking: Asking, where: str | None, top: int) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def _section(section: Section) -> dict[str, Any]:
         "space": result.feature_space_id,
         "searched": result.searched,
         "agreement": result.agreement,
+        "warnings": result.warnings,
         "pictures": [_png(picture) for picture in result.pictures[:_PICTURES]],
         "rollup": result.rollup("rights_holder", "licence"),
         "hits": [

@@ -35,6 +35,7 @@ class Result:
     feature_space_id: str
     searched: int  # rows that the search looked at
     agreement: float | None  # mean share of the top hits that one seed alone finds too; 1 is stable
+    warnings: tuple[str, ...]  # what a reader must know before relying on the ranking
     hits: tuple[Hit, ...]
     pictures: tuple[Image.Image, ...]  # what was asked about: one per seed, or the given one
     thumbnails: Callable[[Sequence[str]], Mapping[str, bytes]]  # item ids -> WebP previews
@@ -62,6 +63,7 @@ class Result:
             "feature_space_id": self.feature_space_id,
             "searched": self.searched,
             "agreement": self.agreement,
+            "warnings": list(self.warnings),
             "rollup": self.rollup("rights_holder", "licence"),
             "hits": [hit.as_dict() for hit in self.hits],
         }

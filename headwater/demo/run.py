@@ -28,10 +28,10 @@ class DemoReport:
     json: Path
 
 
-def demo_model() -> Model:
+def demo_model(device: str = "auto") -> Model:
     """The shipped text-to-image model, trained on exactly the demo's corpus."""
     with as_file(files("headwater.demo") / "model") as folder:
-        return Model.from_pretrained(folder)
+        return Model.from_pretrained(folder, device=device)
 
 
 def ask_object(index: Index, model: Model, object_name: str, studio: str, top: int = TOP) -> Result:

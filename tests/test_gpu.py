@@ -1,0 +1,68 @@
+"""On a GPU: the same rows as on a CPU, the same rows again, the same answers. Skipped without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from headwater import Asking, Concept, Index, Model, Recipe, build_index
+from headwater.attribution import METHODS, Engine
+from headwater.index import StoredIndex
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CAPTIONS, KEYS = ["a red cat", "the dog", "a fish by studio"], ["one", "two", "three"]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_gpu_rows_equal_cpu_rows(method: str, prediction_type: str) -> None:
+    x_0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(method=method, parameters="attn|conv", timesteps=3, steps=12, dim=512)
+    rows = {}
+    for device in ("cpu", "cuda"):
+        pipeline = tiny.stable_diffusion(prediction_type=prediction_type)
+        model = Model.from_pipeline(pipeline, device=device)
+        engine = Engine(model, recipe)
+        rows[device] = engine.rows(x_0, CAPTIONS, KEYS).features.cpu()
+        again = engine.rows(x_0, CAPTIONS, KEYS).features.cpu()
+        assert torch.equal(rows[device], again)
+        one = engine.rows(x_0[1:2], CAPTIONS[1:2], KEYS[1:2]).features.cpu()[0]
+        assert (one - rows[device][1]).norm() <= 1e-5 * one.norm()
+    difference = (rows["cpu"] - rows["cuda"]).norm(dim=1) / rows["cpu"].norm(dim=1)
+    # sign(e) jumps where e is near zero, and guided inversion amplifies rounding.
+    assert difference.max() <= (1e-2 if method in ("das", "dps") else 1e-4)
+
+
+def test_ingest_and_query_on_gpu(tmp_path: Path, model_folder: Path, corpus: Path) -> None:
+    hits = {}
+    recipe = Recipe(timesteps=2, dim=256)
+    for name, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
+        model = Model.from_pretrained(model_folder, device=device)
+        build_index(corpus, model, tmp_path / name, recipe=recipe)
+        concept = Concept("a red cat", contrast="a drawing")
+        result = Index(tmp_path / name).query(concept, model, asking=Asking(seeds=2), top=12)
+        hits[name] = {hit.item_id: hit.score for hit in result.hits}
+    for name in ("features/part-00000.npy", "items/part-00000.parquet", "manifest.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    scores = [np.array([hits[n][item] for item in hits["cpu"]]) for n in ("cpu", "one")]
+    assert np.abs(scores[0] - scores[1]).max() <= 1e-2 * np.abs(scores[0]).max()
+    assert StoredIndex.open(tmp_path / "one").manifest.rows == 12
+
+
+def test_bfloat16_on_gpu() -> None:
+    x_0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        model = Model.from_pipeline(tiny.stable_diffusion(), device="cuda", dtype=dtype)
+        engine = Engine(model, Recipe(timesteps=3, steps=12, dim=512, dtype=dtype))
+        rows.append(engine.rows(x_0, CAPTIONS, KEYS).features)
+    assert torch.cosine_similarity(*rows).min() > 0.99
