@@ -237,9 +237,9 @@ def print_result(result: Any) -> None:
     """The ranking and its roll-up."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("rank", "score"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in ("item", "caption", "rights holder", "licence"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for hit in result.hits:
         words = [hit.item_id, *(hit.item[c] for c in ("caption", "rights_holder", "licence"))]
         table.add_row(

@@ -1,3 +1,5 @@
+"""The demo's art: deterministic, held-out pairs absent, styles and objects told apart."""
+
 from __future__ import annotations
 
 import hashlib

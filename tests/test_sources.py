@@ -16,7 +16,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from headwater.ingest import ColumnNames, SourceError, SourceItem, decode, open_source
+from headwater.attribution import decode
+from headwater.ingest import ColumnNames, SourceError, SourceItem, open_source
 
 ROOT = Path(__file__).parents[1]
 
