@@ -1,5 +1,6 @@
 """The mathematics: model + image + cotangent -> projected per-sample gradient; curvature.
 
+fingerprint.py what a model is, as hashes
 images.py      one image file, decoded and fitted
 model.py       a diffusers pipeline seen as e(x_t, t, c)
 layers.py      per-sample weight gradients, layer type by layer type
@@ -17,7 +18,7 @@ Knows no files and no index.
 from .curvature import Curvature, Gram, dual_curvature
 from .engine import Engine, Rows
 from .errors import ModelError
-from .images import ImageRejected, decode, fit
+from .images import ImageRejected, as_seen, decode, fit
 from .model import Model
 from .objectives import METHODS, Point
 from .recipe import Recipe, differences, feature_space, feature_space_id
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "Reward",
     "Rows",
+    "as_seen",
     "contrast_rows",
     "ddim_grid",
     "decode",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ModelError
 from .layers import Selection, parameter_gradients, select_parameters
-from .model import Model, exact_convolutions
+from .model import DTYPES, Model, exact_convolutions
 from .objectives import METHODS, Cotangent, Point
 from .projection import Projector, make_projector
 from .recipe import Recipe
@@ -30,6 +31,11 @@ class Engine:
     """Computes rows for one model and one recipe; holds no state that depends on the data."""
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
+        if DTYPES[recipe.dtype] is not model.dtype:
+            raise ModelError(
+                f"the recipe says dtype {recipe.dtype}, the model was loaded as {model.dtype}; "
+                "give Recipe and Model.from_pretrained the same"
+            )
         self.model = model
         self.recipe = recipe
         self.method = METHODS[recipe.method]

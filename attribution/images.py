@@ -43,7 +43,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image.close()
             raise ImageRejected(f"image is {width} x {height} pixels, limit {max_pixels}")
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return as_seen(image)
     except ImageRejected:
         raise
     except UnidentifiedImageError:
@@ -53,6 +53,14 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if "truncated" in text.lower() or isinstance(error, EOFError):
             raise ImageRejected("truncated file") from error
         raise ImageRejected(f"broken file ({text or type(error).__name__})") from error
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """An image in RGB as a person sees it: EXIF rotation applied, alpha on white.
+
+    Raises ImageRejected for pixels without a defined brightness.
+    """
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> npt.NDArray[np.uint8]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,20 +14,17 @@ import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from . import fingerprint
 from .errors import ModelError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# Settings of a scheduler that change e(x_t, t, c) or x_t; the rest only steers samplers.
-_NOISE_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
+# Settings of a UNet that make it ask for more than x_t, t and text states.
+_MORE_CONDITIONS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim",
 )
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -104,29 +99,34 @@ class Model:
                 f"scheduler {type(schedule).__name__} has no alphas_cumprod; "
                 "use a pipeline with a DDPM-type noise schedule"
             )
-        where = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
-        parts = {
-            "denoiser": denoiser,
-            "vae": parts.get("vae"),
-            "text_encoder": parts.get("text_encoder"),
-            "scheduler": schedule,
-        }
-        fingerprint = {name: _fingerprint(part) for name, part in parts.items()}
-        for part in parts.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval().to(where)
-        if dtype != "float32":
-            nn.Module.to(denoiser, DTYPES[dtype])  # diffusers' own `to` warns about any cast
+        parts = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer")}
+        _check_supported(denoiser, parts["vae"], pipeline)
+        where = _usable(device)
+        # Samplers other than DDIM do not say whether to clip; DDIM's own default would, and
+        # latents are no pixels.
+        config: Any = getattr(schedule, "config", {})
+        unsaid = {} if "clip_sample" in config else {"clip_sample": False}
         ddim: Any = DDIMScheduler
+        scheduler = ddim.from_config(config, **unsaid)
+        marks = {
+            "denoiser": fingerprint.of_module(denoiser),
+            "vae": fingerprint.of_module(parts["vae"]),
+            "text_encoder": fingerprint.of_module(parts["text_encoder"]),
+            "tokenizer": fingerprint.of_tokenizer(parts["tokenizer"]),
+            "scheduler": fingerprint.of_scheduler(scheduler),
+        }
+        for part in (denoiser, parts["vae"], parts["text_encoder"]):
+            if part is not None:
+                part.requires_grad_(False).eval()
+                precision = DTYPES[dtype] if part is denoiser else torch.float32
+                nn.Module.to(part, where, precision)  # diffusers' own `to` warns about any cast
         return cls(
             denoiser=denoiser,
-            scheduler=ddim.from_config(getattr(schedule, "config", {})),
+            scheduler=scheduler,
             vae=parts["vae"],
             text_encoder=parts["text_encoder"],
-            tokenizer=getattr(pipeline, "tokenizer", None),
-            fingerprint=fingerprint,
+            tokenizer=parts["tokenizer"],
+            fingerprint=marks,
             device=where,
             dtype=DTYPES[dtype],
         )
@@ -260,20 +260,39 @@ def _quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def _usable(device: str) -> torch.device:
+    """The device by name, tried before anything is computed for it."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        where = torch.device(name)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"--device {device} cannot be used here: {first}; auto, cpu and cuda are usual"
+        ) from error
+    return where
+
+
+def _check_supported(denoiser: nn.Module, vae: Any, pipeline: Any) -> None:
+    """Refuse a pipeline whose denoiser needs more than x_t, t and text states."""
+    config: Any = denoiser.config
+    name = type(pipeline).__name__
+    needs = [key for key in _MORE_CONDITIONS if config.get(key)]
+    if needs:
+        raise ModelError(
+            f"{name}: its denoiser needs {', '.join(needs)}, which is not supported yet; "
+            "use a Stable Diffusion 1.x or 2.x pipeline, or an unconditional one"
+        )
+    expected = 3 if vae is None else int(vae.config.latent_channels)
+    if config.in_channels != expected:
+        raise ModelError(
+            f"{name}: its denoiser takes {config.in_channels} channels, its images have "
+            f"{expected}; inpainting and single-channel models are not supported"
+        )
+    if not config.sample_size:
+        raise ModelError(f"{name}: its denoiser's configuration has no sample_size; set it")
+
+
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _fingerprint(part: Any) -> str:
-    """SHA-256 over a component's architecture and float32 weights, independent of its folder."""
-    if part is None:
-        return "none"
-    digest = hashlib.sha256(type(part).__name__.encode())
-    if isinstance(part, nn.Module):
-        for name, tensor in sorted(part.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    else:
-        config = {key: part.config.get(key) for key in _NOISE_SCHEDULE}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -45,6 +46,8 @@ class Recipe:
             raise ModelError(
                 f"timesteps {self.timesteps} must lie between 1 and the {self.steps} DDIM steps"
             )
+        if not math.isfinite(self.guidance):
+            raise ModelError(f"guidance is {self.guidance}; it must be finite (default 7.5)")
         if self.dim < 1:
             raise ModelError(f"--dim {self.dim} is not positive; 1024 to 16384 are usual")
 

@@ -9,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import ModelError
 from .model import Model
 from .objectives import Point
 
 
 def ddim_grid(model: Model, steps: int) -> list[int]:
     """`steps` training timesteps, ascending, spaced as the scheduler's sampler spaces them."""
+    levels = model.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= levels:
+        raise ModelError(f"steps is {steps}; the model's schedule has {levels} noise levels")
     model.scheduler.set_timesteps(steps)
     return sorted(int(t) for t in model.scheduler.timesteps)
 

@@ -125,7 +125,7 @@ def query(
     quiet: Quiet = False,
 ) -> None:
     """Rank the training images that taught what PROMPT has and CONTRAST has not."""
-    from headwater import Asking, Concept, Index, Model, Section, write_report
+    from headwater import Asking, Concept, Index, Model, QueryError, Section, write_report
 
     given: dict[str, Any] = {"seeds": seeds, "damping": damping, "guidance": guidance}
     asking = Asking(
@@ -133,6 +133,9 @@ def query(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
+    for target in filter(None, (json_file, html_file)):
+        if target.is_dir() or not target.absolute().parent.is_dir():
+            raise QueryError(f"{target} cannot be written: give a file in a folder that exists")
     opened = Index(index)
     loaded = Model.from_pretrained(model, device=device, dtype=opened.recipe.dtype)
     with spinner("asking", quiet):
@@ -169,7 +172,7 @@ def inspect(index: Folder) -> None:
         table.add_row("  " + name, value[:16])
     table.add_row("columns", "")
     for name, kind in summary.columns.items():
-        table.add_row("  " + escape(name), kind)
+        table.add_row("  " + escape(name), escape(kind))
     out.print(table)
 
 
@@ -187,7 +190,7 @@ def demo(
     for section in report.sections:
         out.print(f"\n[bold]{escape(section.title)}[/]")
         print_result(section.result)
-    out.print(f"\nreport: {report.html}\nresult: {report.json}")
+    out.print(escape(f"\nreport: {report.html}\nresult: {report.json}"))
 
 
 @contextmanager
@@ -228,7 +231,7 @@ def spinner(label: str, quiet: bool) -> Iterator[None]:
 def print_summary(summary: Any) -> None:
     """How many items went where."""
     lost = sum(summary.quarantined.values())
-    out.print(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined")
+    out.print(escape(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
     for reason, count in summary.quarantined.items():
         out.print(escape(f"  {count:,} x {reason}"))
 
@@ -247,7 +250,10 @@ def print_result(result: Any) -> None:
         )
     out.print(table)
     for group in result.rollup("rights_holder", "licence"):
-        holder, licence = group["rights_holder"] or "not stated", group["licence"] or "no licence"
+        holder, licence = (
+            group["rights_holder"] or "rights holder not stated",
+            group["licence"] or "licence not stated",
+        )
         out.print(escape(f"{group['share']:4.0%}  {holder}, {licence}"))
     for warning in result.warnings:
         err.print(f"[bold yellow]warning:[/] {escape(warning)}")

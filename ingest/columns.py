@@ -23,7 +23,7 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
 RESERVED = frozenset(
     {
         *("item_id", "sha256", "phash", "uri", "caption", "licence", "rights_holder", "source"),
-        *("status", "error", "row_norm", "row_weight", "width", "height"),
+        *("status", "error", "row_norm", "row_weight", "width", "height", "rank", "score"),
     }
 )
 

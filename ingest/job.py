@@ -57,6 +57,16 @@ class _Prepared:
     preview: bytes | None
 
 
+_BEFORE_EXTRA = [
+    *(pa.field(name, pa.string()) for name in ("item_id", "sha256", "phash", "uri", "caption")),
+    *(pa.field(name, pa.string()) for name in ("licence", "rights_holder", "source")),
+    *(pa.field(name, pa.int32()) for name in ("width", "height")),
+]
+_AFTER_EXTRA = [
+    *(pa.field(name, pa.string()) for name in ("status", "error")),
+    pa.field("row_weight", pa.float32()),
+]
+
 Progress = Callable[[int, int, int], None]  # (items done, items in all, of them quarantined)
 
 
@@ -118,9 +128,12 @@ def build_index(
         writer.finish()
     except BaseException:
         # An unfinished index cannot be opened; leaving it would only block the next attempt.
-        shutil.rmtree(out)
-        if existed:
-            out.mkdir()
+        # A folder that was there before stays (it may be a link or a mount point), emptied.
+        for path in out.iterdir() if existed else [out]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         raise
     return IngestSummary(
         out,
@@ -156,7 +169,9 @@ def _write_items(
         if not finished:
             break
         stored = writer.add_shard(
-            _items_table(finished), np.concatenate(rows), _previews_table(finished)
+            _items_table(finished, items.extra_schema),
+            np.concatenate(rows),
+            _previews_table(finished),
         )
         usable = stored[[p.columns["status"] == "ok" for p in finished]]
         if gram is None:
@@ -233,18 +248,25 @@ def _unusable(row: npt.NDArray[np.float32], weight: float) -> str | None:
     if not np.isfinite(row).all() or not np.isfinite(weight):
         return "gradient is not finite (NaN or infinity)"
     if not row.any():
-        return "gradient is zero: the model's output does not depend on the selected parameters"
+        return "gradient is zero (with cfg: an item without caption)"
     return None
 
 
-def _items_table(batch: list[_Prepared]) -> pa.Table:
-    names = list(batch[0].columns)
-    columns: dict[str, Any] = {
-        name: [prepared.columns.get(name) for prepared in batch]
-        for name in dict.fromkeys([*names, "row_weight"])
-    }
-    columns["row_weight"] = [1.0 if weight is None else weight for weight in columns["row_weight"]]
-    return pa.table(columns)
+def _items_table(batch: list[_Prepared], extra: pa.Schema) -> pa.Table:
+    """The items of a shard, user columns in the types that the source gave them."""
+    schema = pa.schema([*_BEFORE_EXTRA, *extra, *_AFTER_EXTRA])
+    rows = [{"row_weight": 1.0, **prepared.columns} for prepared in batch]
+    arrays = []
+    for field in schema:
+        try:
+            arrays.append(pa.array([row[field.name] for row in rows], field.type))
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise SourceError(
+                f"column {field.name!r} ({field.type}) cannot be carried along: {reason}; "
+                "leave it out of the source or store it as text"
+            ) from error
+    return pa.table(arrays, schema=schema)
 
 
 def _previews_table(batch: list[_Prepared]) -> pa.Table:

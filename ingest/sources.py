@@ -162,6 +162,16 @@ def open_source(
             raise SourceError(
                 f"no record of {path} satisfies --where {where!r} (of {listing.rows}); widen it"
             )
+    if captions_required and listing.names.caption is not None:
+        words = listing.table[listing.names.caption].take(pa.array(positions)).to_pylist()
+        missing = sum(not (word or "").strip() for word in words)
+        if missing == len(words):
+            raise SourceError(
+                f"no selected record of {path} has a caption (column {listing.names.caption!r} is "
+                f"empty); name another with {flag('caption')}"
+            )
+        if missing:
+            _log.warning("%d of %d records of %s have no caption", missing, len(words), path)
     if dropped := dropped_columns(listing.schema, listing.names):
         _log.warning("columns of %s that hold bytes are not kept: %s", path, ", ".join(dropped))
     return Source(label=str(path), listing=listing, positions=positions[:limit])

@@ -25,7 +25,7 @@ from headwater.index import Catalog, StoredIndex, search
 
 from .concept import Asking, Concept, check
 from .errors import QueryError
-from .gradients import query_rows, to_images
+from .gradients import query_rows
 from .result import Hit, Result
 
 
@@ -93,9 +93,9 @@ class Index:
                 + (f"; choose 1 to {len(positions)}" if len(positions) else "; widen --where")
             )
         engine = Engine(model, self.recipe)
-        rows, x_0 = query_rows(engine, concept, asking)
+        rows, pictures = query_rows(engine, concept, asking)
         if not rows.isfinite().all():
-            raise QueryError("the query gradient is not finite; try --dtype float32 at ingest")
+            raise QueryError("the query gradient is not finite: the model overflows here")
         if not rows.any():
             raise QueryError(
                 "the query gradient is zero: the model draws the same for prompt and contrast "
@@ -116,7 +116,6 @@ class Index:
             )
         )
         self.stored.append_ledger("query", question | {"hits": [hit.item_id for hit in hits]})
-        pictures = to_images(model, x_0 if concept.image is None else x_0[:1])
         return Result(
             question=question,
             feature_space_id=self.stored.manifest.feature_space_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,10 @@ class Asking:
         for name in ("seeds", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise QueryError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.damping > 0:
-            raise QueryError(f"damping is {self.damping}; it must be positive (default 3)")
+        if not 0 < self.damping < math.inf:
+            raise QueryError(f"damping is {self.damping}; it must be positive and finite")
+        if not math.isfinite(self.guidance):
+            raise QueryError(f"guidance is {self.guidance}; it must be finite (default 7.5)")
 
 
 def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
@@ -80,6 +83,14 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 f"prompt and contrast are both {concept.prompt!r}, so the concept between them is "
                 "nothing (a zero gradient); leave out of --contrast what you ask about"
             )
+    elif concept.contrast:
+        raise QueryError(
+            f"method {asking.method!r} takes no contrast ({concept.contrast!r} was given); "
+            "leave it out, or ask with method 'contrast' or 'slider'"
+        )
+    for text in (concept.prompt, concept.contrast):
+        if not text.isascii() and text != text.encode("utf-8", "replace").decode():
+            raise QueryError(f"{text!r} is no valid Unicode text; type it again")
     if (asking.method == "reward") != (concept.reward is not None):
         raise QueryError(
             "method 'reward' and Concept(reward=...) belong together: give both or neither"

@@ -14,6 +14,7 @@ from headwater.attribution import (
     ImageRejected,
     Model,
     Point,
+    as_seen,
     contrast_rows,
     ddim_grid,
     decode,
@@ -30,11 +31,15 @@ from .concept import Asking, Concept
 from .errors import QueryError
 
 
-def query_rows(engine: Engine, concept: Concept, asking: Asking) -> tuple[Tensor, Tensor]:
-    """One row per seed [S, dim] float32, and the pictures x_0 [S, C, h, w] they are about."""
+def query_rows(
+    engine: Engine, concept: Concept, asking: Asking
+) -> tuple[Tensor, list[Image.Image]]:
+    """One row per seed [S, dim] float32, and the pictures they are about: drawn, or the given."""
     model = engine.model
-    given = None if concept.image is None else encode_picture(model, concept.image)
-    rows, pictures = [], []
+    picture = None if concept.image is None else read_picture(concept.image)
+    given = None if picture is None else encode_picture(model, picture)
+    rows: list[Tensor] = []
+    pictures: list[Image.Image] = []
     for start in range(0, asking.seeds, asking.batch_size):
         stop = min(start + asking.batch_size, asking.seeds)
         keys = [f"query/{asking.seed + i}" for i in range(start, stop)]
@@ -55,8 +60,9 @@ def query_rows(engine: Engine, concept: Concept, asking: Asking) -> tuple[Tensor
             else:
                 assert concept.reward is not None  # concept.check
                 rows.append(reward_rows(engine, path, concept.reward))
-        pictures.append(x_0)
-    return torch.cat(rows), torch.cat(pictures)
+        if picture is None:
+            pictures += to_images(model, x_0)
+    return torch.cat(rows), pictures if picture is None else [picture]
 
 
 def generate(
@@ -80,19 +86,24 @@ def generate(
     )
 
 
-def encode_picture(model: Model, picture: str | Path | Image.Image) -> Tensor:
-    """A picture file or PIL image as x_0 [1, C, h, w], fitted to the model's size.
+def read_picture(picture: str | Path | Image.Image) -> Image.Image:
+    """A picture file or PIL image as a person sees it, in RGB.
 
     Raises:
         QueryError: a file that is missing or no picture.
     """
-    if not isinstance(picture, Image.Image):
-        try:
-            picture = decode(Path(picture).read_bytes())
-        except OSError as error:
-            raise QueryError(f"image {picture}: {error.strerror}; check --image") from error
-        except ImageRejected as error:
-            raise QueryError(f"image {picture} cannot be used: {error}") from error
+    try:
+        if isinstance(picture, Image.Image):
+            return as_seen(picture)
+        return decode(Path(picture).read_bytes())
+    except OSError as error:
+        raise QueryError(f"image {picture}: {error.strerror}; check --image") from error
+    except ImageRejected as error:
+        raise QueryError(f"image {picture} cannot be used: {error}") from error
+
+
+def encode_picture(model: Model, picture: Image.Image) -> Tensor:
+    """An RGB picture as x_0 [1, C, h, w], fitted to the model's size."""
     pixels = torch.from_numpy(fit(picture, model.image_size)).permute(2, 0, 1)[None]
     return model.encode_images(pixels.float() / 127.5 - 1)
 

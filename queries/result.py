@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,7 @@ class Hit:
 
     def as_dict(self) -> dict[str, Any]:
         """Rank, item id, score and every item column, as the JSON result has them."""
-        return {"rank": self.rank, "item_id": self.item_id, "score": self.score} | {
-            name: value for name, value in self.item.items() if name not in ("rank", "score")
-        }
+        return {"rank": self.rank, "item_id": self.item_id, "score": self.score, **self.item}
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,18 @@ class Result:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write readable JSON; columns that JSON has no type for (dates, bytes) become text."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=_text)
+    """Write readable JSON: dates become text, bytes hexadecimal, NaN and infinities null."""
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def _text(value: Any) -> str:
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
     return value.hex() if isinstance(value, bytes) else str(value)

@@ -288,6 +288,8 @@ def bad_source(tmp_path: Path, kind: str) -> Path:
     table = corpus_table(3)
     if kind == "no captions":
         table = table.drop_columns(["caption"])
+    elif kind == "empty captions":
+        table = table.set_column(2, "caption", pa.array([None, "", " "]))
     elif kind == "no images":
         table = table.drop_columns(["image"])
     elif kind == "all broken":
@@ -322,6 +324,8 @@ def bad_source(tmp_path: Path, kind: str) -> Path:
         ("fine", ("--method", "magic"), "dsm, dtrak, das, dps, cfg"),
         ("fine", ("--parameters", "nothing_like_it"), "matches no parameter"),
         ("fine", ("--dim", 0), "--dim 0"),
+        ("fine", ("--device", "foo"), "--device foo cannot be used"),
+        ("empty captions", (), "has a caption"),
         ("fine", ("--dtype", "int8"), "float32"),
     ],
 )
@@ -367,6 +371,11 @@ def test_out_folder_that_is_no_index_or_already_one(
         (("--prompt", "a cat", "--method", "dps"), "training method"),
         (("--prompt", "a cat", "--method", "magic"), "contrast, slider, image"),
         (("--prompt", "a cat", "--damping", 0), "must be positive"),
+        (("--prompt", "a cat", "--damping", "inf"), "must be positive"),
+        (("--prompt", "a cat", "--guidance", "nan"), "must be finite"),
+        (("--prompt", "a cat", "--method", "image", "--contrast", "a"), "takes no contrast"),
+        (("--prompt", "a cat", "--device", "foo"), "--device foo cannot be used"),
+        (("--prompt", "a cat", "--json", "no/such/folder/r.json"), "folder that exists"),
         (("--prompt", "a cat", "--seeds", 0), "at least 1"),
         (("--prompt", "a cat", "--image", "nowhere.png"), "nowhere.png"),
         (("--prompt", "a cat", "--image", __file__), "cannot be used"),
@@ -406,6 +415,54 @@ def test_not_an_index_or_an_unfinished_one(
     manifest = json.loads((broken / "manifest.json").read_text())
     (broken / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     assert "did not finish" in one_line(*headwater("inspect", broken))
+
+
+def test_folder_that_was_there_stays_after_an_error(
+    headwater: Command, tmp_path: Path, model_folder: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    source = bad_source(tmp_path, "all broken")
+    words = ("ingest", source, "--model", model_folder, "--out", tmp_path / "link", *SMALL)
+    assert "no usable image" in one_line(*headwater(*words))
+    assert list((tmp_path / "link").iterdir()) == []
+
+
+def test_user_columns_keep_their_names_types_and_values(
+    headwater: Command, tmp_path: Path, model_folder: Path
+) -> None:
+    table = corpus_table(3)
+    for name, values in (
+        ("rank", pa.array([7, 8, 9], pa.int8())),
+        ("aesthetic", pa.array([0.5, float("nan"), float("inf")], pa.float32())),
+        ("hash", pa.array([2**64 - 1, 0, 1], pa.uint64())),
+        ("tags", pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int32()))),
+        ("seen", pa.array([1, None, 3], pa.date32())),
+        ("nothing", pa.nulls(3)),
+        ("[bold]", pa.array(["[red]x[/red]", "[/]", ""])),
+    ):
+        table = table.append_column(name, values)
+    pq.write_table(table, tmp_path / "c.parquet")
+    words = ("ingest", tmp_path / "c.parquet", "--model", model_folder, "--out", tmp_path / "i[/b]")
+    assert headwater(*words, *SMALL)[0] == 0
+    stored = StoredIndex.open(tmp_path / "i[/b]").items()
+    for name in ("aesthetic", "hash", "tags", "seen", "nothing", "[bold]"):
+        assert stored.schema.field(name).type == table.schema.field(name).type
+    code, _, err = ask(
+        headwater, tmp_path / "i[/b]", model_folder, "--prompt", "a red cat", "--top", 3,
+        "--json", tmp_path / "r.json", "--html", tmp_path / "r.html",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    result = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
+    hits = {hit["item_id"]: hit for hit in result["hits"]}
+    assert hits["img-000"]["original_rank"] == 7
+    assert hits["img-000"]["hash"] == 2**64 - 1
+    assert hits["img-001"]["aesthetic"] is None
+    assert headwater("inspect", tmp_path / "i[/b]")[0] == 0
 
 
 def test_interrupted_ingest_leaves_no_index(

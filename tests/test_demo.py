@@ -81,9 +81,11 @@ def test_held_out_pairs_are_not_in_the_index(folder: Path) -> None:
 
 def test_demo_refuses_a_folder_with_other_things(headwater: Command, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "corpus.parquet").write_text("precious too")
     code, out, err = headwater("demo", "--out", tmp_path, "--quiet")
     assert (code, out) == (2, "")
     assert "holds no earlier demo" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.parquet", "thesis.txt"]
+    assert (tmp_path / "corpus.parquet").read_text() == "precious too"
     with pytest.raises(IndexStoreError, match="not a folder"):
         run_demo(tmp_path / "thesis.txt")

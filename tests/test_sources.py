@@ -132,8 +132,9 @@ def test_image_cells_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_empty_captions_are_captions(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "c.parquet", 2, text=["", None])
-    assert [(i.caption, i.error) for i in open_source(tmp_path / "c.parquet")] == [("", None)] * 2
+    write_parquet(tmp_path / "c.parquet", 3, text=["", None, "a cat"])
+    found = [(i.caption, i.error) for i in open_source(tmp_path / "c.parquet")]
+    assert found == [("", None), ("", None), ("a cat", None)]
 
 
 def test_reserved_and_binary_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,7 +293,7 @@ def test_metadata_csv_keeps_ids_as_written(
     assert (first.item_id, first.caption, first.extra) == (
         "007",
         "two\nlines, quoted",
-        {"score": 0.5},
+        {"original_score": 0.5},
     )
     assert (first.uri, first.data) == ("train/0.png", png(0))
     assert second.caption == "123"

@@ -58,9 +58,11 @@ def run_demo(
     corpus, index_folder = folder / "corpus.parquet", folder / "index"
     if folder.exists() and not folder.is_dir():
         raise IndexStoreError(f"{folder} is a file, not a folder; choose another --out")
-    if folder.exists() and any(folder.iterdir()) and not corpus.exists():
+    marker = folder / ".headwater-demo"  # what the demo made it may replace, nothing else
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
         raise IndexStoreError(f"{folder} exists and holds no earlier demo; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     write_corpus(corpus)
     if (index_folder / "manifest.json").exists():
         shutil.rmtree(index_folder)
