@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from conftest import Command, corpus_table, png
 from PIL import Image
 
@@ -107,34 +108,33 @@ def test_query_prints_writes_json_and_html(
     assert "http" not in html.read_text().replace("http-equiv", "")  # needs no network
 
 
-def test_scores_equal_a_dense_float64_reference(index: Path, model_folder: Path) -> None:
+@pytest.mark.parametrize("dim", [8, 256])  # fewer dimensions than rows, and more: both forms
+def test_scores_equal_a_dense_float64_reference(
+    tmp_path: Path, corpus: Path, model_folder: Path, dim: int
+) -> None:
     model = Model.from_pretrained(model_folder, device="cpu")
+    build_index(corpus, model, tmp_path / "i", recipe=Recipe(timesteps=2, dim=dim))
     asking = Asking(seeds=2, guidance=2.0, damping=0.3)
     concept = Concept("a red cat", contrast="a drawing")
-    result = Index(index).query(concept, model, asking=asking, top=10)
-    stored = StoredIndex.open(index)
-    engine = Engine(model, Index(index).recipe)
+    result = Index(tmp_path / "i").query(concept, model, asking=asking, top=12)
+    stored = StoredIndex.open(tmp_path / "i")
+    assert ("gram" in stored.curvature()) == (dim == 8)
+    engine = Engine(model, Index(tmp_path / "i").recipe)
     states, null = engine.states(["a red cat"] * 2)
     keys = ["query/0", "query/1"]
-    noise = torch_stack([seeded_noise(0, f"generate/{key}", (4, 8, 8)) for key in keys])
+    noise = torch.stack([seeded_noise(0, f"generate/{key}", (4, 8, 8)) for key in keys])
     grid = ddim_grid(model, 50)
     x_0, _ = generation_path(model, noise, states, null, grid=grid, timesteps=[], guidance=2.0)
     rows = contrast_rows(engine, x_0, ["a red cat"] * 2, ["a drawing"] * 2, keys)
     query = rows.double().mean(0).numpy()
-    units = np.load(index / "features/part-00000.npy").astype(np.float64)
+    units = np.load(tmp_path / "i" / "features" / "part-00000.npy").astype(np.float64)
     phi = units * stored.items()["row_norm"].to_numpy()[:, None]
     k = phi.T @ phi
-    expected = phi @ np.linalg.solve(k + 0.3 * np.trace(k) / 10 * np.eye(len(k)), query)
+    expected = phi @ np.linalg.solve(k + 0.3 * np.trace(k) / 12 * np.eye(len(k)), query)
     by_id = dict(zip(stored.items()["item_id"].to_pylist(), expected, strict=True))
-    assert len(result.hits) == 10
+    assert len(result.hits) == 12
     for hit in result.hits:
         assert abs(hit.score - by_id[hit.item_id]) <= 1e-4 * np.abs(expected).max()
-
-
-def torch_stack(parts: list) -> object:
-    import torch
-
-    return torch.stack(parts)
 
 
 def test_local_question_is_about_the_given_picture(
