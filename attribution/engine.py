@@ -58,11 +58,11 @@ class Engine:
         features = torch.zeros(len(x_0), self.projector.dim, device=x_0.device)
         loss = torch.zeros(len(x_0), device=x_0.device)
         for point in self.points(x_0, captions, keys):
-            gradient, e = self.gradient(point, self.method.cotangent, self.method.through_input)
+            gradient, e = self.method_gradient(point)
             features += gradient
             loss += (e - point.eps).square().flatten(1).mean(1)
-        weights = loss if self.method.loss_weight else torch.ones_like(loss)
-        return Rows(features, weights / (len(self.timesteps) if self.method.loss_weight else 1))
+        mean_loss = loss / len(self.timesteps)
+        return Rows(features, mean_loss if self.method.loss_weight else torch.ones_like(loss))
 
     def points(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Iterable[Point]:
         """The noise levels of a batch, on the recipe's trajectory."""
@@ -84,6 +84,10 @@ class Engine:
     def states(self, captions: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
         """Text states of the captions and, beside them, of as many empty prompts."""
         return self.model.encode_prompts(captions), self.model.encode_prompts([""] * len(captions))
+
+    def method_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
+        """`gradient` with the cotangent of the recipe's method."""
+        return self.gradient(point, self.method.cotangent, self.method.through_input)
 
     def gradient(
         self, point: Point, cotangent: Cotangent, through_input: bool = False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -159,6 +160,12 @@ class Model:
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         scaled: Tensor = (latents - shift) * self.vae.config.scaling_factor
         return scaled
+
+    def encode_pictures(self, pictures: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+        """Pictures [B, H, W, 3] as bytes, already fitted to `image_size` -> x_0 [B, C, h, w]."""
+        return self.encode_images(
+            torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        )
 
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0 [B, C, h, w] -> images [B, 3, H, W], about [-1, 1]; differentiable."""

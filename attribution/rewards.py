@@ -56,19 +56,17 @@ def contrast_rows(
     J(c)^T v(c) - J(c-)^T v(c-), each scaled to unit norm: [S, dim]. What the picture shows
     whatever the text says cancels; what remains is how the text's concept is drawn.
     """
-    lacking, _ = engine.states(contrasts)
-    through_input = engine.method.through_input
+    lacking = engine.model.encode_prompts(contrasts)
     rows = torch.zeros(len(x_0), engine.projector.dim, device=engine.model.device)
     for point in engine.points(x_0, prompts, keys):
-        rows += engine.gradient(point, engine.method.cotangent, through_input)[0]
-        point = replace(point, states=lacking)
-        rows -= engine.gradient(point, engine.method.cotangent, through_input)[0]
+        rows += engine.method_gradient(point)[0]
+        rows -= engine.method_gradient(replace(point, states=lacking))[0]
     return rows
 
 
 def slider_rows(engine: Engine, points: Iterable[Point], contrasts: Sequence[str]) -> Tensor:
     """Concept-TRAK's concept reward: cotangent -(e(c) - e(c-)), summed over points, [S, dim]."""
-    lacking, _ = engine.states(contrasts)
+    lacking = engine.model.encode_prompts(contrasts)
 
     def cotangent(model: Model, point: Point, e: Tensor) -> Tensor:
         with torch.no_grad():

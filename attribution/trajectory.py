@@ -70,9 +70,7 @@ def inversion_path(
         e = guided_noise(model, x, timestep, states, null, guidance)
         x = ddim_step(model, x, e, previous, timestep)
         if timestep in timesteps:
-            t = torch.full((len(x_0),), timestep, dtype=torch.int64, device=x_0.device)
-            a, s = model.coefficients(t)
-            points.append(Point(x, t, x_0, (x - a * x_0) / s, states, null))
+            points.append(_visited(model, x, timestep, x_0, states, null))
         previous = timestep
     return points
 
@@ -96,12 +94,22 @@ def generation_path(
             visited.append((timestep, x))
         e = guided_noise(model, x, timestep, states, null, guidance)
         x = ddim_step(model, x, e, timestep, grid[index - 1] if index else -1)
-    points = []
-    for timestep, x_t in reversed(visited):
-        t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
-        a, s = model.coefficients(t)
-        points.append(Point(x_t, t, x, (x_t - a * x) / s, states, null))
+    points = [_visited(model, x_t, at, x, states, null) for at, x_t in reversed(visited)]
     return x, points
+
+
+def _visited(
+    model: Model,
+    x_t: Tensor,
+    timestep: int,
+    x_0: Tensor,
+    states: Tensor | None,
+    null: Tensor | None,
+) -> Point:
+    """A point of a path that leads to x_0; its noise is what x_t holds beside x_0."""
+    t = torch.full((len(x_t),), timestep, dtype=torch.int64, device=x_t.device)
+    a, s = model.coefficients(t)
+    return Point(x_t, t, x_0, (x_t - a * x_0) / s, states, null)
 
 
 def guided_noise(

@@ -18,7 +18,7 @@ from .errors import IndexStoreError
 from .manifest import Manifest, Shard, read_manifest, write_manifest
 from .reader import StoredIndex
 from .search import scores, search
-from .writer import IndexWriter, check_new_folder
+from .writer import IndexWriter
 
 __all__ = [
     "Catalog",
@@ -28,7 +28,6 @@ __all__ = [
     "Shard",
     "StoredIndex",
     "Summary",
-    "check_new_folder",
     "filter_positions",
     "read_manifest",
     "scores",

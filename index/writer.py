@@ -61,7 +61,7 @@ class IndexWriter:
         says `complete: false` and readers refuse the index.
         """
         folder = Path(folder)
-        check_new_folder(folder)
+        _check_new_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(dict(recipe), allow_nan=False))
         manifest = Manifest(feature_space_id=feature_space_id, recipe=plain, dim=dim)
@@ -225,7 +225,7 @@ class IndexWriter:
             ) from error
 
 
-def check_new_folder(folder: Path) -> None:
+def _check_new_folder(folder: Path) -> None:
     """Raise IndexStoreError unless an index can be started in `folder`: absent or empty."""
     if (folder / FILE_NAME).exists():
         raise IndexStoreError(

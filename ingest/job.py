@@ -27,7 +27,7 @@ from headwater.attribution import (
     feature_space_id,
     fit,
 )
-from headwater.index import IndexWriter, check_new_folder
+from headwater.index import IndexWriter
 
 from .columns import ColumnNames
 from .errors import SourceError
@@ -102,7 +102,6 @@ def build_index(
     if batch_size < 1:
         raise SourceError(f"--batch-size {batch_size} is not positive")
     recipe, out = recipe or Recipe(), Path(out)
-    check_new_folder(out)
     items = open_source(
         source,
         columns=columns or ColumnNames(),
@@ -226,8 +225,7 @@ def _compute(
     if not usable:
         return rows, batch
     images = [image for prepared in batch if (image := prepared.pixels) is not None]
-    pixels = torch.from_numpy(np.stack(images))  # [n, H, W, 3] uint8
-    x_0 = engine.model.encode_images(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    x_0 = engine.model.encode_pictures(np.stack(images))
     captions = [batch[i].columns["caption"] for i in usable]
     keys = [batch[i].columns["item_id"] for i in usable]
     found = engine.rows(x_0, captions if engine.model.conditional else [""] * len(keys), keys)

@@ -89,7 +89,7 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
             "leave it out, or ask with method 'contrast' or 'slider'"
         )
     for text in (concept.prompt, concept.contrast):
-        if not text.isascii() and text != text.encode("utf-8", "replace").decode():
+        if text != text.encode("utf-8", "replace").decode():
             raise QueryError(f"{text!r} is no valid Unicode text; type it again")
     if (asking.method == "reward") != (concept.reward is not None):
         raise QueryError(

@@ -37,7 +37,9 @@ def query_rows(
     """One row per seed [S, dim] float32, and the pictures they are about: drawn, or the given."""
     model = engine.model
     picture = None if concept.image is None else read_picture(concept.image)
-    given = None if picture is None else encode_picture(model, picture)
+    given = None  # [1, C, h, w]
+    if picture is not None:
+        given = model.encode_pictures(fit(picture, model.image_size)[None])
     rows: list[Tensor] = []
     pictures: list[Image.Image] = []
     for start in range(0, asking.seeds, asking.batch_size):
@@ -100,12 +102,6 @@ def read_picture(picture: str | Path | Image.Image) -> Image.Image:
         raise QueryError(f"image {picture}: {error.strerror}; check --image") from error
     except ImageRejected as error:
         raise QueryError(f"image {picture} cannot be used: {error}") from error
-
-
-def encode_picture(model: Model, picture: Image.Image) -> Tensor:
-    """An RGB picture as x_0 [1, C, h, w], fitted to the model's size."""
-    pixels = torch.from_numpy(fit(picture, model.image_size)).permute(2, 0, 1)[None]
-    return model.encode_images(pixels.float() / 127.5 - 1)
 
 
 @torch.no_grad()

@@ -15,8 +15,6 @@ from headwater.queries import Concept, Index, Result, Section, write_json, write
 
 from .corpus import HELD_OUT, caption, object_contrast, studio_contrast, write_corpus
 
-TOP = 10
-
 
 @dataclass(frozen=True)
 class DemoReport:
@@ -34,16 +32,16 @@ def demo_model(device: str = "auto") -> Model:
         return Model.from_pretrained(folder, device=device)
 
 
-def ask_object(index: Index, model: Model, object_name: str, studio: str, top: int = TOP) -> Result:
+def ask_object(index: Index, model: Model, object_name: str, studio: str) -> Result:
     """Which training images taught the object, asked about the pair's pictures."""
     concept = Concept(caption(object_name, studio), contrast=object_contrast(studio))
-    return index.query(concept, model, top=top)
+    return index.query(concept, model)
 
 
-def ask_studio(index: Index, model: Model, object_name: str, studio: str, top: int = TOP) -> Result:
+def ask_studio(index: Index, model: Model, object_name: str, studio: str) -> Result:
     """Which training images taught the studio's style, asked about the pair's pictures."""
     concept = Concept(caption(object_name, studio), contrast=studio_contrast(object_name))
-    return index.query(concept, model, top=top)
+    return index.query(concept, model)
 
 
 def run_demo(
