@@ -8,6 +8,7 @@ projection.py  random projection drawn by a hash
 objectives.py  training methods as cotangents
 trajectory.py  where gradients are taken
 recipe.py      what defines a feature space, and its identity
+execution.py   how the engine runs: what changes speed and memory alone
 engine.py      rows of a batch
 rewards.py     query gradients
 curvature.py   K = Phi^T Phi and preconditioned queries
@@ -18,10 +19,11 @@ Knows no files and no index.
 from .curvature import Curvature, Gram, dual_curvature
 from .engine import Engine, Rows
 from .errors import ModelError
+from .execution import Execution
 from .images import ImageRejected, as_seen, decode, fit
 from .model import Model
 from .objectives import METHODS, Point
-from .recipe import Recipe, differences, feature_space, feature_space_id
+from .recipe import Recipe, differences, feature_space, feature_space_id, resolved
 from .rewards import Reward, contrast_rows, image_rows, reward_rows, slider_rows
 from .trajectory import ddim_grid, generation_path, kept, seeded_noise
 
@@ -29,6 +31,7 @@ __all__ = [
     "METHODS",
     "Curvature",
     "Engine",
+    "Execution",
     "Gram",
     "ImageRejected",
     "Model",
@@ -49,6 +52,7 @@ __all__ = [
     "generation_path",
     "image_rows",
     "kept",
+    "resolved",
     "reward_rows",
     "seeded_noise",
     "slider_rows",

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
+from .execution import Execution
 from .layers import Selection, parameter_gradients, select_parameters
-from .model import DTYPES, Model, exact_convolutions
+from .model import Model, exact_convolutions
 from .objectives import METHODS, Cotangent, Point
 from .projection import Projector, make_projector
-from .recipe import Recipe
+from .recipe import Recipe, resolved
 from .trajectory import ddim_grid, inversion_path, kept, noise_path, seeded_noise
 
 
@@ -25,23 +25,20 @@ class Rows:
 
     features: Tensor  # [B, dim] float32
     weights: Tensor  # [B] float32: factor of each row's score (the loss for DAS, else 1)
+    norms: Tensor  # [B] float32: mean norm of the whole gradient, before scaling and projection
 
 
 class Engine:
     """Computes rows for one model and one recipe; holds no state that depends on the data."""
 
-    def __init__(self, model: Model, recipe: Recipe) -> None:
-        if DTYPES[recipe.dtype] is not model.dtype:
-            raise ModelError(
-                f"the recipe says dtype {recipe.dtype}, the model was loaded as {model.dtype}; "
-                "give Recipe and Model.from_pretrained the same"
-            )
+    def __init__(self, model: Model, recipe: Recipe, execution: Execution | None = None) -> None:
         self.model = model
-        self.recipe = recipe
+        self.recipe = recipe = resolved(recipe, model)
+        self.execution = execution or Execution()
         self.method = METHODS[recipe.method]
         self.selection: Selection = select_parameters(model.denoiser, recipe.parameters)
         self.projector: Projector = make_projector(
-            recipe.projection, size=self.selection.size, dim=recipe.dim, seed=recipe.seed
+            recipe.projection, slots=self.selection.slots, dim=recipe.dim, seed=recipe.seed
         )
         self.grid = ddim_grid(model, recipe.steps)
         self.timesteps = kept(self.grid, recipe.timesteps)
@@ -57,17 +54,20 @@ class Engine:
         x_0 = x_0.to(self.model.device)
         features = torch.zeros(len(x_0), self.projector.dim, device=x_0.device)
         loss = torch.zeros(len(x_0), device=x_0.device)
+        norms = torch.zeros(len(x_0), device=x_0.device)
         for point in self.points(x_0, captions, keys):
-            gradient, e = self.method_gradient(point)
+            gradient, norm, e = self.method_gradient(point)
             features += gradient
+            norms += norm
             loss += (e - point.eps).square().flatten(1).mean(1)
-        mean_loss = loss / len(self.timesteps)
-        return Rows(features, mean_loss if self.method.loss_weight else torch.ones_like(loss))
+        count = len(self.timesteps)
+        weights = loss / count if self.method.loss_weight else torch.ones_like(loss)
+        return Rows(features, weights, norms / count)
 
     def points(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Iterable[Point]:
         """The noise levels of a batch, on the recipe's trajectory."""
         states, null = self.states(captions)
-        if self.method.trajectory == "inversion":
+        if self.recipe.trajectory == "inversion":
             return inversion_path(
                 self.model,
                 x_0,
@@ -78,6 +78,8 @@ class Engine:
                 guidance=self.recipe.guidance,
             )
         shape = (len(self.timesteps), *x_0.shape[1:])
+        if self.recipe.noise == "shared":
+            keys = ["shared"] * len(keys)
         noise = torch.stack([seeded_noise(self.recipe.seed, key, shape) for key in keys])
         return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
 
@@ -85,23 +87,23 @@ class Engine:
         """Text states of the captions and, beside them, of as many empty prompts."""
         return self.model.encode_prompts(captions), self.model.encode_prompts([""] * len(captions))
 
-    def method_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
+    def method_gradient(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
         """`gradient` with the cotangent of the recipe's method."""
         return self.gradient(point, self.method.cotangent, self.method.through_input)
 
     def gradient(
         self, point: Point, cotangent: Cotangent, through_input: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Projected per-sample gradient J^T v at one point, scaled to unit norm.
 
         The norm is that of the whole gradient, before projection. A zero gradient stays zero.
         `through_input` says that the cotangent differentiates with respect to `point.x_t`.
 
         Returns:
-            [B, dim] float32 and the noise prediction e [B, C, h, w].
+            [B, dim] float32, the norm [B] and the noise prediction e [B, C, h, w].
         """
         projected, norm, e = self.raw_gradient(point, cotangent, through_input)
-        return projected / norm.where(norm != 0, 1.0)[:, None], e
+        return projected / norm.where(norm != 0, 1.0)[:, None], norm, e
 
     def raw_gradient(
         self, point: Point, cotangent: Cotangent, through_input: bool = False
@@ -131,8 +133,7 @@ class Engine:
             for slot in layer.slots:
                 if slot.role in total:
                     flat = total[slot.role].reshape(batch, -1)
-                    square += flat.square().sum(1)
-                    self.projector.add(projected, flat, slot)
+                    self.projector.add(projected, square, flat, slot)
         return projected, square.sqrt()
 
 

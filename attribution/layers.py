@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ class Slot:
     name: str  # as in named_parameters()
     role: str  # "weight" or "bias"
     offset: int  # first coordinate in the flat gradient
-    size: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Coordinates of the parameter."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,21 @@ class Selection:
 
     layers: tuple[Layer, ...]
     size: int  # coordinates of the flat gradient
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every selected parameter."""
+        return tuple(slot for layer in self.layers for slot in layer.slots)
+
+
+# In order of preference: an adapter alone; cross-attention; joint attention of text and image.
+_PREFERRED = (r"lora_", r"attn2\.", r"transformer_blocks\.\d+\.attn\d?\.")
+
+
+def default_parameters(denoiser: nn.Module) -> str:
+    """The regular expression of the selection that suits a model; everything if nothing does."""
+    names = [name for name, _ in denoiser.named_parameters()]
+    return next((p for p in _PREFERRED if any(re.search(p, name) for name in names)), "")
 
 
 def select_parameters(denoiser: nn.Module, pattern: str) -> Selection:
@@ -64,7 +85,7 @@ def select_parameters(denoiser: nn.Module, pattern: str) -> Selection:
                 f"parameter {name} belongs to a {type(module).__name__}, whose per-sample gradient "
                 "is not supported; narrow --parameters (Linear, Conv2d, LayerNorm, GroupNorm work)"
             )
-        slots.setdefault(owner, []).append(Slot(name, role, offset, parameter.numel()))
+        slots.setdefault(owner, []).append(Slot(name, role, offset, tuple(parameter.shape)))
         offset += parameter.numel()
     if not slots:
         top = sorted({name.split(".")[0] for name, _ in denoiser.named_parameters()})

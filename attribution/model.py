@@ -25,7 +25,7 @@ _MORE_CONDITIONS = (
     "num_class_embeds",
     "encoder_hid_dim",
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Model:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str = "auto", dtype: str = "float32"
+        cls, path: str | Path, *, device: str = "auto", dtype: str = "auto"
     ) -> Model:
         """Load a pipeline folder as diffusers writes it, or a hub id.
 
         Args:
             path: folder with `model_index.json`, or the id of a repository on the hub.
             device: a torch device, or `auto` for CUDA where there is one.
-            dtype: precision of the denoiser's forward pass; text and images are encoded in
-                float32 whatever it is.
+            dtype: precision of the denoiser's passes: float32, bfloat16 or float16; `auto` is
+                bfloat16 on a GPU and float32 elsewhere. Text is encoded in float32 whatever it is.
 
         Raises:
             ModelError: no such folder, no pipeline in it, or a pipeline without a noise schedule.
@@ -83,10 +83,10 @@ class Model:
         return cls.from_pipeline(pipeline, device=device, dtype=dtype)
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, *, device: str = "auto", dtype: str = "float32") -> Model:
+    def from_pipeline(cls, pipeline: Any, *, device: str = "auto", dtype: str = "auto") -> Model:
         """Wrap a pipeline that is already in memory (its modules are frozen and moved)."""
-        if dtype not in DTYPES:
-            raise ModelError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        if dtype not in ("auto", *DTYPES):
+            raise ModelError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
         parts: dict[str, Any] = pipeline.components
         denoiser = parts.get("unet")
         if not isinstance(denoiser, nn.Module):
@@ -103,6 +103,8 @@ class Model:
         parts = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer")}
         _check_supported(denoiser, parts["vae"], pipeline)
         where = _usable(device)
+        if dtype == "auto":
+            dtype = "bfloat16" if where.type == "cuda" else "float32"
         # Samplers other than DDIM do not say whether to clip; DDIM's own default would, and
         # latents are no pixels.
         config: Any = getattr(schedule, "config", {})

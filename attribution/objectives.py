@@ -30,6 +30,9 @@ class Point:
     null: Tensor | None  # [B, L, D] text states of the empty prompt
 
 
+# "noise": x_0 with drawn noise; "inversion": deterministic inversion of x_0, guided.
+TRAJECTORIES = ("noise", "inversion")
+
 # (model, point, e with its graph) -> v, all [B, C, h, w]
 Cotangent = Callable[[Model, Point, Tensor], Tensor]
 
@@ -39,7 +42,7 @@ class Method:
     """One row of the table of methods."""
 
     cotangent: Cotangent
-    trajectory: str  # "noise": x_0 with drawn noise; "inversion": guided DDIM inversion
+    trajectory: str  # the published one, of TRAJECTORIES
     loss_like: bool  # whether v is where a training loss grows, so that rewards have a direction
     loss_weight: bool  # whether a row's score is multiplied by its training loss
     through_input: bool  # whether the cotangent differentiates e with respect to x_t

@@ -7,6 +7,7 @@ are preserved in expectation: E<Pa, Pb> = <a, b>. `identity` keeps every coordin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -24,18 +25,21 @@ class Projector(Protocol):
 
     dim: int
 
-    def add(self, rows: Tensor, gradient: Tensor, slot: Slot) -> None:
-        """rows [B, dim] += P gradient; `gradient` [B, slot.size] holds the slot's coordinates."""
+    def add(self, rows: Tensor, square: Tensor, gradient: Tensor, slot: Slot) -> None:
+        """rows [B, dim] += P gradient and square [B] += |gradient|^2, in float32.
+
+        `gradient` [B, slot.size] holds the slot's coordinates, in the precision of the model.
+        """
 
 
-def make_projector(kind: str, *, size: int, dim: int, seed: int) -> Projector:
-    """The projection of gradients with `size` coordinates to rows of `dim`.
+def make_projector(kind: str, *, slots: Sequence[Slot], dim: int, seed: int) -> Projector:
+    """The projection of gradients over `slots` to rows of `dim`.
 
     Raises:
         ModelError: unknown kind or a dimension below 1.
     """
     if kind == "identity":
-        return Identity(size)
+        return Identity(sum(slot.size for slot in slots))
     if kind == "sjlt":
         if dim < 1:
             raise ModelError(f"--dim {dim} is not positive; 1024 to 16384 are usual")
@@ -49,8 +53,9 @@ class Identity:
     def __init__(self, size: int) -> None:
         self.dim = size
 
-    def add(self, rows: Tensor, gradient: Tensor, slot: Slot) -> None:
+    def add(self, rows: Tensor, square: Tensor, gradient: Tensor, slot: Slot) -> None:
         """Place the slice where it belongs."""
+        square += gradient.float().square().sum(1)
         rows[:, slot.offset : slot.offset + slot.size] += gradient
 
 
@@ -62,8 +67,10 @@ class SJLT:
         self._seed = seed
         self._plans: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def add(self, rows: Tensor, gradient: Tensor, slot: Slot) -> None:
+    def add(self, rows: Tensor, square: Tensor, gradient: Tensor, slot: Slot) -> None:
         """Scatter the signed slice into its buckets, the same way at every call."""
+        gradient = gradient.float()
+        square += gradient.square().sum(1)
         index, sign = self._plan(slot, gradient.device)
         if gradient.device.type == "cpu":
             rows.scatter_add_(1, index.expand_as(gradient), gradient * sign)

@@ -6,30 +6,37 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .errors import ModelError
-from .model import DTYPES
-from .objectives import METHODS
+from .layers import default_parameters
+from .model import DTYPES, Model
+from .objectives import METHODS, TRAJECTORIES
 from .projection import KINDS
 
 # Raise it when code changes what a recipe computes: old indexes then say so instead of mixing.
-CODE_VERSION = 1
+CODE_VERSION = 2
+NOISES = ("image", "shared")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an image becomes a row. Saved with the index, so that a query repeats it exactly."""
+    """How an image becomes a row. Saved with the index, so that a query repeats it exactly.
+
+    `auto` stands for what suits the model (`resolved`); what is saved is never `auto`.
+    """
 
     method: str = "dtrak"  # which cotangent, trajectory and row weight: see objectives.METHODS
-    parameters: str = "attn2"  # cross-attention: where text meets image
+    parameters: str = "auto"  # regular expression; auto: where text meets image, or the adapter
+    trajectory: str = "auto"  # where gradients are taken; auto: as the method was published
+    noise: str = "image"  # "image": each draws its own noise; "shared": one draw for all
     timesteps: int = 10  # noise levels per image, evenly spread over the schedule
     steps: int = 50  # DDIM grid that the noise levels are taken from, and the inversion walks
     guidance: float = 7.5  # of the inversion; without it the residual carries no concept
     projection: str = "sjlt"  # unbiased, and as fast as reading the gradient once
     dim: int = 4096  # width of a row; 2 bytes each on disk
-    dtype: str = "float32"  # of the denoiser's forward pass; cotangents are always float32
+    dtype: str = "auto"  # of the denoiser's passes; cotangents and rows are always float32
     seed: int = 0  # of projection and noise
 
     def __post_init__(self) -> None:
@@ -40,8 +47,14 @@ class Recipe:
             raise ModelError(
                 f"projection {self.projection!r} is unknown; choose {', '.join(KINDS)}"
             )
-        if self.dtype not in DTYPES:
-            raise ModelError(f"dtype {self.dtype!r} is unknown; choose {', '.join(DTYPES)}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ModelError(f"dtype {self.dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
+        if self.trajectory not in ("auto", *TRAJECTORIES):
+            raise ModelError(
+                f"trajectory {self.trajectory!r} is unknown; choose auto, {', '.join(TRAJECTORIES)}"
+            )
+        if self.noise not in NOISES:
+            raise ModelError(f"noise {self.noise!r} is unknown; choose {' or '.join(NOISES)}")
         if not 1 <= self.timesteps <= self.steps:
             raise ModelError(
                 f"timesteps {self.timesteps} must lie between 1 and the {self.steps} DDIM steps"
@@ -63,6 +76,26 @@ class Recipe:
         if unknown:
             raise ModelError(f"recipe has unknown fields {', '.join(unknown)}; update headwater")
         return cls(**values)
+
+
+def resolved(recipe: Recipe, model: Model) -> Recipe:
+    """The recipe with every `auto` replaced by what suits the model.
+
+    Raises:
+        ModelError: the recipe names another dtype than the model was loaded in.
+    """
+    loaded = next(name for name, dtype in DTYPES.items() if dtype is model.dtype)
+    if recipe.dtype not in ("auto", loaded):
+        raise ModelError(
+            f"the recipe says dtype {recipe.dtype}, the model was loaded as {loaded}; "
+            "give Recipe and Model.from_pretrained the same"
+        )
+    parameters, trajectory = recipe.parameters, recipe.trajectory
+    if parameters == "auto":
+        parameters = default_parameters(model.denoiser)
+    if trajectory == "auto":
+        trajectory = METHODS[recipe.method].trajectory
+    return replace(recipe, dtype=loaded, parameters=parameters, trajectory=trajectory)
 
 
 def feature_space(recipe: Recipe, fingerprint: Mapping[str, str]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def build_index(
         captions_required=model.conditional,
     )
     engine = Engine(model, recipe)
-    space = feature_space(recipe, model.fingerprint)
+    space = feature_space(engine.recipe, model.fingerprint)
     existed = out.exists()
     writer = IndexWriter.create(
         out, feature_space_id=feature_space_id(space), recipe=space, dim=engine.projector.dim

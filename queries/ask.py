@@ -20,6 +20,7 @@ from headwater.attribution import (
     Recipe,
     differences,
     feature_space,
+    resolved,
 )
 from headwater.index import Catalog, StoredIndex, search
 
@@ -132,7 +133,7 @@ class Index:
             QueryError: names each part that differs.
         """
         theirs = self.stored.manifest.recipe
-        mine = feature_space(recipe or self.recipe, model.fingerprint)
+        mine = feature_space(resolved(recipe or self.recipe, model), model.fingerprint)
         found = differences(mine, theirs)
         if found:
             raise QueryError(

@@ -178,7 +178,7 @@ def test_rows_do_not_depend_on_batch_size_or_batch_mates(method: str, model: Mod
 def test_each_noise_level_has_unit_norm(epsilon_model: Model) -> None:
     engine = Engine(epsilon_model, Recipe(projection="identity", timesteps=4, steps=8))
     for point in engine.points(samples(), CAPTIONS, KEYS):
-        row, _ = engine.gradient(point, engine.method.cotangent)
+        row, _, _ = engine.gradient(point, engine.method.cotangent)
         torch.testing.assert_close(row.norm(dim=1), torch.ones(4), rtol=1e-5, atol=1e-5)
 
 

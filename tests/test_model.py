@@ -99,9 +99,18 @@ def test_unsupported_denoiser_is_refused(settings: dict[str, object], message: s
 
 def test_recipe_and_model_must_have_the_same_precision() -> None:
     model = Model.from_pipeline(tiny.stable_diffusion(), device="cpu", dtype="bfloat16")
-    with pytest.raises(ModelError, match="loaded as torch"):
-        Engine(model, Recipe())
+    with pytest.raises(ModelError, match="loaded as bfloat16"):
+        Engine(model, Recipe(dtype="float32"))
     assert Engine(model, Recipe(dtype="bfloat16")).model is model
+
+
+def test_what_the_recipe_leaves_open_follows_the_model() -> None:
+    model = Model.from_pipeline(tiny.stable_diffusion(), device="cpu")
+    recipe = Engine(model, Recipe(method="dps")).recipe
+    assert recipe.dtype == "float32"
+    assert recipe.parameters == r"attn2\."
+    assert recipe.trajectory == "inversion"
+    assert Engine(model, Recipe(trajectory="inversion")).recipe.trajectory == "inversion"
 
 
 def test_more_steps_than_noise_levels() -> None:

@@ -19,7 +19,12 @@ def project(vectors: torch.Tensor, dim: int, seed: int, cut: int = 0) -> torch.T
     size = vectors.shape[1]
     edges = [0, cut, size] if cut else [0, size]
     for start, stop in pairwise(edges):
-        projector.add(rows, vectors[:, start:stop], Slot(f"{start}", "weight", start, stop - start))
+        projector.add(
+            rows,
+            torch.zeros(len(rows)),
+            vectors[:, start:stop],
+            Slot(f"{start}", "weight", start, (stop - start,)),
+        )
     return rows
 
 
@@ -57,7 +62,9 @@ def test_gathered_buckets_equal_scattered_coordinates() -> None:
 def test_gpu_rows_equal_cpu_rows() -> None:
     vectors = torch.randn(5, 30_000, generator=torch.Generator().manual_seed(3))
     rows = torch.zeros(5, 512, device="cuda")
-    SJLT(512, 9).add(rows, vectors.cuda(), Slot("w", "weight", 0, 30_000))
+    SJLT(512, 9).add(
+        rows, torch.zeros(5, device="cuda"), vectors.cuda(), Slot("w", "weight", 0, (30_000,))
+    )
     torch.testing.assert_close(rows.cpu(), project(vectors, 512, 9), rtol=1e-4, atol=1e-4)
 
 
@@ -83,15 +90,15 @@ def test_buckets_and_signs_are_uniform() -> None:
 
 def test_identity_keeps_the_gradient() -> None:
     vectors = torch.randn(2, 10)
-    projector = make_projector("identity", size=10, dim=3, seed=0)
+    projector = make_projector("identity", slots=[Slot("w", "weight", 0, (10,))], dim=3, seed=0)
     rows = torch.zeros(2, projector.dim)
-    projector.add(rows, vectors[:, 4:], Slot("w", "weight", 4, 6))
+    projector.add(rows, torch.zeros(2), vectors[:, 4:], Slot("w", "weight", 4, (6,)))
     assert torch.equal(rows[:, 4:], vectors[:, 4:])
     assert not rows[:, :4].any()
 
 
 def test_unknown_projection_and_width() -> None:
     with pytest.raises(ModelError, match="sjlt, identity"):
-        make_projector("dense", size=10, dim=3, seed=0)
+        make_projector("dense", slots=[Slot("w", "weight", 0, (10,))], dim=3, seed=0)
     with pytest.raises(ModelError, match="not positive"):
-        make_projector("sjlt", size=10, dim=0, seed=0)
+        make_projector("sjlt", slots=[Slot("w", "weight", 0, (10,))], dim=0, seed=0)
