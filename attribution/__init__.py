@@ -9,13 +9,16 @@ objectives.py  training methods as cotangents
 trajectory.py  where gradients are taken
 recipe.py      what defines a feature space, and its identity
 execution.py   how the engine runs: what changes speed and memory alone
+capture.py     gradients caught in the backward pass, layer by layer
 engine.py      rows of a batch
+batching.py    how many images at once
 rewards.py     query gradients
 curvature.py   K = Phi^T Phi and preconditioned queries
 
 Knows no files and no index.
 """
 
+from .batching import BatchChoice, choose_batch
 from .curvature import Curvature, Gram, dual_curvature
 from .engine import Engine, Rows
 from .errors import ModelError
@@ -29,6 +32,7 @@ from .trajectory import ddim_grid, generation_path, kept, seeded_noise
 
 __all__ = [
     "METHODS",
+    "BatchChoice",
     "Curvature",
     "Engine",
     "Execution",
@@ -41,6 +45,7 @@ __all__ = [
     "Reward",
     "Rows",
     "as_seen",
+    "choose_batch",
     "contrast_rows",
     "ddim_grid",
     "decode",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ModelError
+
+ROLES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def select_parameters(denoiser: nn.Module, pattern: str) -> Selection:
             continue
         owner, _, role = name.rpartition(".")
         module = modules[owner]
-        if _rule(module) is None or role not in ("weight", "bias"):
+        if _rule(module) is None or role not in ROLES:
             raise ModelError(
                 f"parameter {name} belongs to a {type(module).__name__}, whose per-sample gradient "
                 "is not supported; narrow --parameters (Linear, Conv2d, LayerNorm, GroupNorm work)"
@@ -97,30 +99,40 @@ def select_parameters(denoiser: nn.Module, pattern: str) -> Selection:
     return Selection(layers, offset)
 
 
-def parameter_gradients(module: nn.Module, inputs: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def parameter_gradients(
+    module: nn.Module, inputs: Tensor, grad: Tensor, roles: Collection[str]
+) -> dict[str, Tensor]:
     """Per-sample gradients of one call of a layer.
 
     Args:
         module: a supported layer.
         inputs: what it was called with, [B, ...].
         grad: cotangent of its output, [B, ...].
+        roles: which of `weight` and `bias` are wanted; the layer must have them.
 
     Returns:
-        `weight` [B, *weight.shape] and, where the layer has one, `bias` [B, *bias.shape], float32.
+        `weight` [B, *weight.shape] and `bias` [B, *bias.shape], in the precision of `grad`
+        (sums are accumulated in float32 at least).
     """
     rule = _rule(module)
     if rule is None:
         raise ModelError(f"no per-sample gradient for a {type(module).__name__}")
-    return rule(module, inputs, grad)
+    inputs = inputs.to(grad.dtype)
+    found = {}
+    if "weight" in roles:
+        found["weight"] = rule(module, inputs, grad)
+    if "bias" in roles:
+        found["bias"] = _bias(module, grad)
+    return found
 
 
-def _linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _linear(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, S, I]
     g = g.reshape(g.shape[0], -1, g.shape[-1])  # [B, S, O]
-    return {"weight": torch.bmm(g.mT, x).float(), "bias": g.float().sum(1)}
+    return torch.bmm(g.mT, x)
 
 
-def _conv2d(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _conv2d(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     assert isinstance(module, nn.Conv2d)
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise ModelError("Conv2d with a padding mode other than zeros is not supported")
@@ -128,26 +140,30 @@ def _conv2d(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     batch, groups = x.shape[0], module.groups
     patches = patches.view(batch * groups, -1, patches.shape[-1])  # [B G, I/G kh kw, L]
     g = g.reshape(batch * groups, -1, patches.shape[-1])  # [B G, O/G, L]
-    weight = torch.bmm(g, patches.mT).view(batch, *module.weight.shape)
-    return {"weight": weight.float(), "bias": g.float().sum(-1).view(batch, -1)}
+    return torch.bmm(g, patches.mT).view(batch, *module.weight.shape)
 
 
-def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
     normed = F.layer_norm(x.float(), module.normalized_shape, eps=module.eps)
     shape = (x.shape[0], -1, *module.normalized_shape)
-    normed, g = normed.reshape(shape), g.float().reshape(shape)
-    return {"weight": (g * normed).sum(1), "bias": g.sum(1)}
+    return (g * normed).reshape(shape).sum(1)
 
 
-def _group_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _group_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     assert isinstance(module, nn.GroupNorm)
-    normed = F.group_norm(x.float(), module.num_groups, eps=module.eps).flatten(2)  # [B, C, L]
-    g = g.float().flatten(2)
-    return {"weight": (g * normed).sum(-1), "bias": g.sum(-1)}
+    normed = F.group_norm(x.float(), module.num_groups, eps=module.eps)
+    return (g * normed).flatten(2).sum(-1)  # [B, C]
 
 
-_Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+def _bias(module: nn.Module, g: Tensor) -> Tensor:
+    if isinstance(module, nn.Conv2d | nn.GroupNorm):
+        return g.flatten(2).sum(-1)  # [B, C]
+    assert isinstance(module.bias, Tensor)
+    return g.reshape(g.shape[0], -1, *module.bias.shape).sum(1)
+
+
+_Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]
 _RULES: tuple[tuple[type[nn.Module], _Rule], ...] = (
     (nn.Linear, _linear),
     (nn.Conv2d, _conv2d),

@@ -1,0 +1,134 @@
+"""Per-sample gradients caught during the backward pass, and projected one layer at a time.
+
+Every selected layer's output passes through a tap, which saves the layer's input. When the
+backward pass reaches the tap, the gradient of that layer alone is formed, projected and freed:
+the full gradient of a batch never exists. The taps hang on one anchor tensor, so differentiating
+with respect to it runs exactly the part of the graph that they need.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .layers import Layer, Selection, parameter_gradients
+from .projection import Projector
+
+
+class Capture:
+    """Taps on the selected layers, for one forward pass and the backward passes through it.
+
+    >>> with Capture(selection, projector, batch, device) as capture:
+    ...     e = denoiser(...)
+    ...     rows, norms = capture.pull(e, cotangent)
+    """
+
+    def __init__(
+        self, selection: Selection, projector: Projector, batch: int, device: torch.device
+    ) -> None:
+        self._selection = selection
+        self._projector = projector
+        self._batch = batch
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._calls: dict[str, int] = {}  # layer name -> taps whose gradient is still to come
+        self._parts: dict[str, dict[str, Tensor]] = {}  # of layers that were called several times
+        self._rows = torch.zeros(batch, projector.dim, device=device)
+        self._square = torch.zeros(batch, device=device)
+        self._pulling = False
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        """Set the taps."""
+        for layer in self._selection.layers:
+
+            def tap(
+                _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: Layer = layer
+            ) -> Tensor | None:
+                if not torch.is_grad_enabled():
+                    return None
+                if not self._pulling:  # a checkpointed block is called again during `pull`
+                    self._calls[layer.name] = self._calls.get(layer.name, 0) + 1
+                if len(output) != self._batch:
+                    raise ModelError(
+                        f"layer {layer.name} is called with {len(output)} rows for a batch of "
+                        f"{self._batch}: it has no per-sample gradient; narrow --parameters"
+                    )
+                return _tap(output, self._anchor, args[0].detach(), layer, self)
+
+            self._handles.append(layer.module.register_forward_hook(tap))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the taps."""
+        for handle in self._handles:
+            handle.remove()
+        self._parts.clear()
+
+    def pull(self, e: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Pull a cotangent of e [B, ...] back to the parameters; frees the graph.
+
+        Returns:
+            Projected per-sample gradients [B, dim] and the exact norms [B] of the whole
+            gradients, float32.
+        """
+        self._pulling = True
+        if self._calls:
+            torch.autograd.grad(e, self._anchor, cotangent, allow_unused=True)
+        # A call whose output does not reach e gets no gradient, and its layer waits for it.
+        for layer in self._selection.layers:
+            self._project(layer, self._parts.pop(layer.name, {}))
+        return self._rows, self._square.sqrt()
+
+    @torch.no_grad()
+    def arrived(self, layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
+        """Take the gradient of one call's output; project when the layer's last call is in."""
+        if not self._pulling:  # a backward pass to x_t, made for a cotangent
+            return
+        roles = {slot.role for slot in layer.slots}
+        found = parameter_gradients(layer.module, inputs, gradient, roles)
+        earlier = self._parts.pop(layer.name, {})
+        found = {role: part + earlier[role] if earlier else part for role, part in found.items()}
+        self._calls[layer.name] -= 1
+        if self._calls[layer.name]:
+            self._parts[layer.name] = found
+        else:
+            self._project(layer, found)
+
+    def _project(self, layer: Layer, found: dict[str, Tensor]) -> None:
+        for slot in layer.slots:
+            if slot.role in found:
+                flat = found[slot.role].reshape(self._batch, -1)
+                self._projector.add(self._rows, self._square, flat, slot)
+
+
+def _tap(*arguments: Any) -> Tensor:
+    tapped: Tensor = _Tap.apply(*arguments)  # type: ignore[no-untyped-call]
+    return tapped
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward pass reports the gradient that flows through it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, layer: Layer, capture: Capture
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)  # saved so that checkpointing may drop and recompute it
+        ctx.layer, ctx.capture = layer, capture
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        (inputs,) = ctx.saved_tensors
+        ctx.capture.arrived(ctx.layer, inputs, gradient)
+        return gradient, None, None, None, None
