@@ -33,7 +33,7 @@ class Capture:
         self._selection = selection
         self._projector = projector
         self._batch = batch
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._calls: dict[str, int] = {}  # layer name -> taps whose gradient is still to come
         self._parts: dict[str, dict[str, Tensor]] = {}  # of layers that were called several times
         self._rows = torch.zeros(batch, projector.dim, device=device)
@@ -57,7 +57,7 @@ class Capture:
                         f"layer {layer.name} is called with {len(output)} rows for a batch of "
                         f"{self._batch}: it has no per-sample gradient; narrow --parameters"
                     )
-                return _tap(output, self._anchor, args[0].detach(), layer, self)
+                return _tap(output, self.anchor, args[0].detach(), layer, self)
 
             self._handles.append(layer.module.register_forward_hook(tap))
         return self
@@ -82,7 +82,7 @@ class Capture:
         """
         self._pulling = True
         if self._calls:
-            torch.autograd.grad(e, self._anchor, cotangent, allow_unused=True)
+            torch.autograd.grad(e, self.anchor, cotangent, allow_unused=True)
         # A call whose output does not reach e gets no gradient, and its layer waits for it.
         for layer in self._selection.layers:
             self._project(layer, self._parts.pop(layer.name, {}))

@@ -1,0 +1,8 @@
+"""Measurements that can be replayed; `headwater bench NAME` runs those that ship.
+
+speed.py           the engine against the published loop, on models of real size
+published_loop.py  that loop, written plainly
+sizes.py           random pipelines of real size
+
+The other files are scripts that were run once or need data of their own: each says how.
+"""
