@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conditions import Conditions
 from .execution import Execution
 from .layers import Selection, parameter_gradients, select_parameters
 from .model import Model, exact_convolutions
@@ -83,8 +84,8 @@ class Engine:
         noise = torch.stack([seeded_noise(self.recipe.seed, key, shape) for key in keys])
         return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
 
-    def states(self, captions: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Text states of the captions and, beside them, of as many empty prompts."""
+    def states(self, captions: Sequence[str]) -> tuple[Conditions | None, Conditions | None]:
+        """What the captions let the denoiser hear and, beside it, as many empty prompts."""
         return self.model.encode_prompts(captions), self.model.encode_prompts([""] * len(captions))
 
     def method_gradient(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from headwater.attribution import METHODS, Engine, Model, ModelError, Recipe
+from headwater.attribution.conditions import Conditions
 from headwater.attribution.layers import parameter_gradients, select_parameters
 from headwater.attribution.objectives import Point
 
@@ -33,7 +34,9 @@ def samples(count: int = 4) -> torch.Tensor:
 
 
 def one(point: Point, i: int) -> Point:
-    def row(value: torch.Tensor | None) -> torch.Tensor | None:
+    def row(value: torch.Tensor | Conditions | None) -> torch.Tensor | Conditions | None:
+        if isinstance(value, Conditions):
+            return value.rows(slice(i, i + 1)).to(torch.float64)
         if value is None:
             return None
         return value[i : i + 1].double() if value.is_floating_point() else value[i : i + 1]
@@ -49,15 +52,16 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Model.noise and coefficients work in float32 by design; the reference needs float64."""
 
     def coefficients(self: Model, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = self.scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+        kept = self.schedule.scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
         return kept.sqrt().double(), (1 - kept).sqrt().double()
 
     def noise(
-        self: Model, x_t: torch.Tensor, t: torch.Tensor, states: torch.Tensor | None
+        self: Model, x_t: torch.Tensor, t: torch.Tensor, states: Conditions | None
     ) -> torch.Tensor:
-        raw = self.denoiser(x_t, t, encoder_hidden_states=states).sample
+        assert states is not None
+        raw = self.denoiser(x_t, t, **states.tensors).sample
         a, s = coefficients(self, t)
-        kind = self.scheduler.config.prediction_type
+        kind = self.schedule.scheduler.config.prediction_type
         return {
             "epsilon": raw,
             "v_prediction": a * raw + s * x_t,
@@ -143,7 +147,7 @@ def test_layer_called_twice_sums_its_calls() -> None:
             self.shared = nn.Linear(8, 8)
             self.config = type("Config", (), {"sample_size": 8, "in_channels": 4})()
 
-        def forward(self, x: torch.Tensor, t: torch.Tensor, **_: object) -> object:
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, **_: object) -> object:
             return type("Output", (), {"sample": self.shared(torch.tanh(self.shared(x)))})()
 
     model = Model.from_pipeline(tiny.stable_diffusion(), device="cpu")
