@@ -73,7 +73,7 @@ class Family(ABC):
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the conditions beside the parts themselves."""
-        return {"kind": self.name}
+        return {"kind": type(self).__name__}
 
     @property
     def factor(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ class Model:
         load: Any = DiffusionPipeline.from_pretrained
         try:
             with _quiet(), _without_bars():
-                pipeline = load(str(path), dtype=torch.float32, low_cpu_mem_usage=False)
+                pipeline = load(
+                    str(path), dtype=torch.float32, low_cpu_mem_usage=False, **_left_out(folder)
+                )
         except _LOADING as error:
             place = "" if folder.exists() else " (no such folder here, so it was sought on the hub)"
             raise ModelError(
@@ -291,6 +294,14 @@ def _load_adapter(pipeline: Any, lora: str | Path) -> None:
     denoiser = pipeline.components.get("unet") or pipeline.components.get("transformer")
     if not any("lora_" in part for part, _ in denoiser.named_parameters()):
         raise ModelError(f"{lora} adapts no layer of the denoiser; there is nothing to attribute")
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Parts that were None when the pipeline was saved; diffusers wants to be told so again."""
+    if not folder.exists():
+        return {}
+    parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {name: None for name, value in parts.items() if value == [None, None]}
 
 
 def _hub_id(path: str | Path) -> bool:

@@ -165,6 +165,11 @@ class PixArt(Family):
 
     required = ("text_encoder", "tokenizer")
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The two kinds cut prompts at different lengths."""
+        return {**super().facts, "pipeline": self.name}
+
     def encode(self, prompts: list[str], device: torch.device) -> Conditions:
         """Text states [B, L, D] and mask [B, L]; resolution [B, 2], aspect ratio [B, 1]."""
         states, mask, _, _ = self.pipeline.encode_prompt(prompts, False, device=device)
