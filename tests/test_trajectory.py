@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
 
 from headwater.attribution import Engine, Model, Recipe, ddim_grid, generation_path, seeded_noise
@@ -213,6 +214,43 @@ def test_inversion_then_generation_returns_the_sample(make: Any, guidance: float
         errors.append(float((back - x_0).norm() / x_0.norm()))
     assert errors[1] < errors[0] < 0.5
     assert errors[1] < 0.05
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_inversion_equals_the_inverse_scheduler(prediction_type: str) -> None:
+    pipeline = tiny.stable_diffusion(prediction_type=prediction_type)
+    model = Model.from_pipeline(pipeline, device="cpu")
+    start = x = seeded_noise(0, "picture", (2, 4, 8, 8))
+    states = model.encode_prompts(["a cat", "a dog"])
+    assert states is not None
+    grid = ddim_grid(model, 10)
+    *_, last = inversion_path(model, start, states, None, grid=grid, timesteps=grid, guidance=1.0)
+    scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(10)
+    assert grid == scheduler.timesteps.tolist()
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet(x, t, **states.tensors).sample, t, x).prev_sample
+    torch.testing.assert_close(last.x_t, x, rtol=1e-4, atol=1e-4)
+
+
+def test_inversion_of_a_flow_is_euler_steps_backwards() -> None:
+    pipeline = tiny.stable_diffusion_3()
+    model = Model.from_pipeline(pipeline, device="cpu")
+    start = x = seeded_noise(0, "picture", (2, 16, 8, 8))
+    states = model.encode_prompts(["a cat", "a dog"])
+    assert states is not None
+    grid = ddim_grid(model, 5)
+    *_, last = inversion_path(model, start, states, None, grid=grid, timesteps=grid, guidance=1.0)
+    pipeline.scheduler.set_timesteps(5)
+    sigmas = pipeline.scheduler.sigmas.flip(0)
+    with torch.no_grad():
+        for sigma, following in pairwise(sigmas):
+            time = (1000 * following).expand(2)
+            u = pipeline.transformer(x, timestep=time, **states.tensors).sample
+            x = x + (following - sigma) * u
+    assert float(sigmas[-1]) == 1
+    torch.testing.assert_close(last.x_t, x, rtol=1e-4, atol=1e-4)
 
 
 def test_distilled_guidance_is_heard_in_one_pass() -> None:
