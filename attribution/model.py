@@ -283,7 +283,8 @@ def _load_adapter(pipeline: Any, lora: str | Path) -> None:
     if not Path(lora).exists() and not _hub_id(lora):
         raise ModelError(f"adapter {lora} does not exist; check --lora")
     try:
-        with _quiet(), _without_bars():
+        # What the libraries say stays heard: layers of the adapter that found no place, say.
+        with _without_bars():
             # Adapters in pickled files are refused: reading one runs what is in it.
             load(str(lora), use_safetensors=True)
     except (*_LOADING, SafetensorError) as error:

@@ -204,7 +204,8 @@ class DiT(Family):
     @property
     def labels(self) -> dict[str, int]:
         """Names of classes."""
-        return dict(getattr(self.pipeline, "labels", None) or {})
+        names: dict[str, int] = getattr(self.pipeline, "labels", {})
+        return names
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -292,7 +293,10 @@ class ClassUNet(DiT):
     def output(self, denoiser: Any, x: Tensor, time: Tensor, c: dict[str, Tensor]) -> Tensor:
         """The UNet's output."""
         if not c:
-            raise ModelError("this model has no empty class to compare with; name two classes")
+            raise ModelError(
+                "this model has no empty class to compare with; name two classes, or choose "
+                "another method than cfg"
+            )
         return super().output(denoiser, x, time, c)
 
 

@@ -182,6 +182,16 @@ def test_caption_that_is_no_class_is_quarantined(tmp_path: Path) -> None:
         index.query(Concept("1"), model, asking=Asking(seeds=1, steps=2), top=1)
 
 
+def test_guidance_needs_a_class_that_is_none() -> None:
+    model, captions = model_of("class")
+    engine = Engine(model, recipe_of("class", method="cfg"))
+    with pytest.raises(ModelError, match="another method than cfg"):
+        engine.rows(pictures(model), captions, ["one", "two"])
+    model, captions = model_of("dit")
+    engine = Engine(model, recipe_of("dit", method="cfg"))
+    assert engine.rows(pictures(model), captions, ["one", "two"]).features.any(dim=1).all()
+
+
 def test_class_by_name_is_the_class_by_number() -> None:
     model, _ = model_of("dit")
     found = model.encode_prompts(["kitten", "0", "cat", "2", ""])
@@ -271,6 +281,12 @@ def test_adapter_that_does_not_fit_is_refused(model_folder: Path, tmp_path: Path
     save_file({"unet.mid_block.attentions.7.to_q.lora_A.weight": torch.ones(2, 16)}, foreign)
     with pytest.raises(ModelError, match=r"foreign\.safetensors"):
         load(foreign)
+    pipeline = tiny.stable_diffusion()
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    weights = get_peft_model_state_dict(pipeline.text_encoder, adapter_name="default")
+    pipeline.save_lora_weights(tmp_path / "text", text_encoder_lora_layers=weights)
+    with pytest.raises(ModelError, match="adapts no layer of the denoiser"):
+        load(tmp_path / "text")
     pixels = tiny.saved(tiny.pixel_diffusion(), tmp_path / "pixels")
     with pytest.raises(ModelError, match="DDPMPipeline takes no LoRA"):
         load(foreign, pixels)

@@ -15,7 +15,7 @@ from headwater.attribution import Engine, Model, Recipe, ddim_grid, generation_p
 from headwater.attribution.trajectory import guided_output, inversion_path, kept
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_generation_equals_the_diffusers_pipeline(prediction_type: str, guidance: float) -> None:
     pipeline = tiny.stable_diffusion(prediction_type=prediction_type)
