@@ -2,6 +2,10 @@
 
 fingerprint.py what a model is, as hashes
 images.py      one image file, decoded and fitted
+conditions.py  what a denoiser hears beside x_t and t
+family.py      what the kinds of pipelines have in common
+pipelines.py   the kinds of pipelines
+schedule.py    noise levels, and what an output says of x_0 and eps
 model.py       a diffusers pipeline seen as e(x_t, t, c)
 layers.py      per-sample weight gradients, layer type by layer type
 projection.py  random projection drawn by a hash

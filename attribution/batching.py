@@ -10,7 +10,7 @@ import torch
 
 from .engine import Engine
 from .execution import uncompiled
-from .trajectory import guided_noise, seeded_noise
+from .trajectory import guided_output, seeded_noise
 
 CPU_BATCH = 16  # the caches are full long before
 LARGEST = 1024
@@ -71,7 +71,7 @@ def _measure(engine: Engine, size: int) -> BatchChoice:
 
     def walk() -> None:
         with torch.no_grad():
-            guided_noise(model, point.x_t, engine.grid[0], states, null, recipe.guidance)
+            guided_output(model, point.x_t, point.t, states, null, recipe.guidance)
 
     fixed = torch.cuda.memory_allocated(model.device) if cuda else 0
     if cuda:

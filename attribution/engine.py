@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture
+from .conditions import Conditions
 from .execution import Execution, prepare, running, uncompiled
 from .layers import Selection, select_parameters
 from .model import Model
@@ -119,7 +120,11 @@ class Engine:
         return self.noised(x_0, states, null, keys)
 
     def noised(
-        self, x_0: Tensor, states: Tensor | None, null: Tensor | None, keys: Sequence[str]
+        self,
+        x_0: Tensor,
+        states: Conditions | None,
+        null: Conditions | None,
+        keys: Sequence[str],
     ) -> Iterable[Point]:
         """x_0 with drawn noise, at every noise level."""
         shape = (len(self.timesteps), *x_0.shape[1:])
@@ -128,8 +133,8 @@ class Engine:
         noise = torch.stack([seeded_noise(self.recipe.seed, key, shape) for key in keys])
         return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
 
-    def states(self, captions: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Text states of the captions and, beside them, of as many empty prompts."""
+    def states(self, captions: Sequence[str]) -> tuple[Conditions | None, Conditions | None]:
+        """What the captions let the denoiser hear and, beside it, as many empty prompts."""
         return self.model.encode_prompts(captions), self.model.encode_prompts([""] * len(captions))
 
     def method_gradient(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,38 +23,55 @@ _SCHEDULE = (
     "set_alpha_to_one",
     "clip_sample",
     "clip_sample_range",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+    "time_shift_type",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
 )
 # Where and with what a part was saved, which changes nothing that it computes.
 _PROVENANCE = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 
-def of_module(module: nn.Module | None) -> str:
-    """SHA-256 over a module's settings and float32 weights, independent of its folder."""
-    if module is None:
-        return "none"
+def of_module(module: nn.Module) -> str:
+    """SHA-256 over a module's settings, adapters and float32 weights, wherever they were saved."""
     digest = hashlib.sha256(type(module).__name__.encode())
     config: Any = getattr(module, "config", {})
     digest.update(_settings(config if isinstance(config, Mapping) else config.to_dict()))
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    for name, part in module.named_modules():
+        # The strength of an adapter's layers is no weight of theirs.
+        if isinstance(scaling := getattr(part, "scaling", None), Mapping):
+            digest.update(_settings({"layer": name, "scaling": scaling}))
     return digest.hexdigest()
 
 
 def of_scheduler(scheduler: Any) -> str:
-    """SHA-256 over a scheduler's noise levels and timestep grid."""
-    return hashlib.sha256(_settings({k: scheduler.config.get(k) for k in _SCHEDULE})).hexdigest()
+    """SHA-256 over a scheduler's kind, noise levels and timestep grid."""
+    facts = {"kind": type(scheduler).__name__} | {k: scheduler.config.get(k) for k in _SCHEDULE}
+    return of_facts(facts)
 
 
 def of_tokenizer(tokenizer: Any) -> str:
     """SHA-256 over a tokenizer's vocabulary, special tokens and length."""
-    if tokenizer is None:
-        return "none"
     facts = {
         "vocabulary": tokenizer.get_vocab(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "length": tokenizer.model_max_length,
     }
+    return of_facts(facts)
+
+
+def of_facts(facts: Mapping[str, Any]) -> str:
+    """SHA-256 over named values."""
     return hashlib.sha256(_settings(facts)).hexdigest()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from .errors import ModelError
@@ -53,14 +54,22 @@ class Selection:
         return tuple(slot for layer in self.layers for slot in layer.slots)
 
 
-# In order of preference: an adapter alone; cross-attention; joint attention of text and image.
-_PREFERRED = (r"lora_", r"attn2\.", r"transformer_blocks\.\d+\.attn\d?\.")
+# (what a model has, what is selected then), in order of preference: an adapter alone; joint
+# attention of text and image; cross-attention; a transformer's only attention.
+_PREFERRED = (
+    (r"lora_", r"lora_"),
+    (r"\.add_k_proj\.", r"transformer_blocks\.\d+\.attn\."),
+    (r"attn2\.", r"attn2\."),
+    (r"transformer_blocks\.\d+\.attn", r"transformer_blocks\.\d+\.attn\d?\."),
+)
 
 
 def default_parameters(denoiser: nn.Module) -> str:
     """The regular expression of the selection that suits a model; everything if nothing does."""
     names = [name for name, _ in denoiser.named_parameters()]
-    return next((p for p in _PREFERRED if any(re.search(p, name) for name in names)), "")
+    return next(
+        (chosen for sign, chosen in _PREFERRED if any(re.search(sign, name) for name in names)), ""
+    )
 
 
 def select_parameters(denoiser: nn.Module, pattern: str) -> Selection:
@@ -85,7 +94,7 @@ def select_parameters(denoiser: nn.Module, pattern: str) -> Selection:
         if _rule(module) is None or role not in ROLES:
             raise ModelError(
                 f"parameter {name} belongs to a {type(module).__name__}, whose per-sample gradient "
-                "is not supported; narrow --parameters (Linear, Conv2d, LayerNorm, GroupNorm work)"
+                "is not supported; narrow --parameters (Linear, Conv2d, Embedding, norms work)"
             )
         slots.setdefault(owner, []).append(Slot(name, role, offset, tuple(parameter.shape)))
         offset += parameter.numel()
@@ -117,7 +126,8 @@ def parameter_gradients(
     rule = _rule(module)
     if rule is None:
         raise ModelError(f"no per-sample gradient for a {type(module).__name__}")
-    inputs = inputs.to(grad.dtype)
+    if inputs.is_floating_point():
+        inputs = inputs.to(grad.dtype)
     found = {}
     if "weight" in roles:
         found["weight"] = rule(module, inputs, grad)
@@ -156,6 +166,23 @@ def _group_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     return (g * normed).flatten(2).sum(-1)  # [B, C]
 
 
+def _rms_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    assert isinstance(module, nn.RMSNorm | RMSNorm)
+    assert isinstance(module.weight, Tensor)
+    shape = module.weight.shape
+    axes = tuple(range(-len(shape), 0))
+    eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
+    normed = x.float() * torch.rsqrt(x.float().square().mean(axes, keepdim=True) + eps)
+    return (g * normed).reshape(x.shape[0], -1, *shape).sum(1)
+
+
+def _embedding(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    assert isinstance(module, nn.Embedding)
+    rows, width = module.weight.shape
+    index = x.reshape(x.shape[0], -1, 1).expand(-1, -1, width)  # [B, S, D]
+    return g.new_zeros(x.shape[0], rows, width).scatter_add_(1, index, g.reshape(index.shape))
+
+
 def _bias(module: nn.Module, g: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d | nn.GroupNorm):
         return g.flatten(2).sum(-1)  # [B, C]
@@ -169,6 +196,9 @@ _RULES: tuple[tuple[type[nn.Module], _Rule], ...] = (
     (nn.Conv2d, _conv2d),
     (nn.LayerNorm, _layer_norm),
     (nn.GroupNorm, _group_norm),
+    (nn.RMSNorm, _rms_norm),
+    (RMSNorm, _rms_norm),
+    (nn.Embedding, _embedding),
 )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +14,59 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import fingerprint
+from .conditions import Conditions
 from .errors import ModelError
+from .family import Family
+from .pipelines import family_of
+from .schedule import NoiseSchedule, make_schedule
 
-# Settings of a UNet that make it ask for more than x_t, t and text states.
-_MORE_CONDITIONS = (
-    "addition_embed_type",
-    "class_embed_type",
-    "num_class_embeds",
-    "encoder_hid_dim",
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SLICE = 8  # pictures through the VAE at once: its activations dwarf the denoiser's
+_PROMPTS = 32  # prompts through the text encoders at once
 
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser with what surrounds it: image codec, text encoder and noise schedule.
+    """A denoiser with what surrounds it: conditions, noise schedule and image codec.
 
-    Everything outside the denoiser is optional: a pixel model has no `vae`, an unconditional
-    one no `text_encoder`. All modules are frozen and in evaluation mode.
+    All modules are frozen and in evaluation mode. A pixel model has no `vae`.
     """
 
-    denoiser: Any  # UNet2DConditionModel or UNet2DModel
-    scheduler: Any  # DDIMScheduler with the pipeline's noise schedule
+    denoiser: Any  # UNet2DConditionModel, UNet2DModel or a transformer, as diffusers made it
+    family: Family  # what the denoiser hears, and how it is called
+    schedule: NoiseSchedule
     vae: Any  # AutoencoderKL or None
-    text_encoder: Any  # CLIPTextModel or None
-    tokenizer: Any
     fingerprint: dict[str, str]  # component -> SHA-256 of its configuration and weights
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str = "auto", dtype: str = "auto"
+        cls,
+        path: str | Path,
+        *,
+        lora: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
     ) -> Model:
         """Load a pipeline folder as diffusers writes it, or a hub id.
 
         Args:
             path: folder with `model_index.json`, or the id of a repository on the hub.
+            lora: adapter of the denoiser, as `save_lora_weights` writes it: a safetensors file,
+                a folder or a hub id. Its parameters are then what is attributed by default.
             device: a torch device, or `auto` for CUDA where there is one.
             dtype: precision of the denoiser's passes: float32, bfloat16 or float16; `auto` is
                 bfloat16 on a GPU and float32 elsewhere. Text is encoded in float32 whatever it is.
 
         Raises:
-            ModelError: no such folder, no pipeline in it, or a pipeline without a noise schedule.
+            ModelError: no such folder, no pipeline in it, one of a kind that is not supported, or
+                an adapter that does not fit it.
         """
         folder = Path(path)
         if folder.exists() and not (folder / "model_index.json").is_file():
@@ -66,20 +74,22 @@ class Model:
                 f"{path} is not a diffusers pipeline (no model_index.json); "
                 "give the folder that pipeline.save_pretrained() wrote"
             )
-        hub_id = not folder.is_absolute() and len(folder.parts) <= 2 and str(path)[:1] != "."
-        if not folder.exists() and not hub_id:
+        if not folder.exists() and not _hub_id(path):
             raise ModelError(f"model folder {path} does not exist; check --model")
         load: Any = DiffusionPipeline.from_pretrained
         try:
-            with _quiet():
-                pipeline = load(str(path), dtype=torch.float32, low_cpu_mem_usage=False)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            with _quiet(), _without_bars():
+                pipeline = load(
+                    str(path), dtype=torch.float32, low_cpu_mem_usage=False, **_left_out(folder)
+                )
+        except _LOADING as error:
             place = "" if folder.exists() else " (no such folder here, so it was sought on the hub)"
             raise ModelError(
-                f"{path}{place} cannot be loaded as a diffusers pipeline: {first}; "
+                f"{path}{place} cannot be loaded as a diffusers pipeline: {_first_line(error)}; "
                 "check that --model names a complete pipeline folder"
             ) from error
+        if lora is not None:
+            _load_adapter(pipeline, lora)
         return cls.from_pipeline(pipeline, device=device, dtype=dtype)
 
     @classmethod
@@ -87,48 +97,37 @@ class Model:
         """Wrap a pipeline that is already in memory (its modules are frozen and moved)."""
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
-        parts: dict[str, Any] = pipeline.components
-        denoiser = parts.get("unet")
-        if not isinstance(denoiser, nn.Module):
-            raise ModelError(
-                f"{type(pipeline).__name__} has no UNet; "
-                "use a Stable Diffusion, DDPM or DDIM pipeline"
-            )
-        schedule = parts.get("scheduler")
-        if getattr(schedule, "alphas_cumprod", None) is None:
-            raise ModelError(
-                f"scheduler {type(schedule).__name__} has no alphas_cumprod; "
-                "use a pipeline with a DDPM-type noise schedule"
-            )
-        parts = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer")}
-        _check_supported(denoiser, parts["vae"], pipeline)
+        family = family_of(pipeline)
         where = _usable(device)
         if dtype == "auto":
-            dtype = "bfloat16" if where.type == "cuda" else "float32"
-        # Samplers other than DDIM do not say whether to clip; DDIM's own default would, and
-        # latents are no pixels.
-        config: Any = getattr(schedule, "config", {})
-        unsaid = {} if "clip_sample" in config else {"clip_sample": False}
-        ddim: Any = DDIMScheduler
-        scheduler = ddim.from_config(config, **unsaid)
-        marks = {
-            "denoiser": fingerprint.of_module(denoiser),
-            "vae": fingerprint.of_module(parts["vae"]),
-            "text_encoder": fingerprint.of_module(parts["text_encoder"]),
-            "tokenizer": fingerprint.of_tokenizer(parts["tokenizer"]),
-            "scheduler": fingerprint.of_scheduler(scheduler),
-        }
-        for part in (denoiser, parts["vae"], parts["text_encoder"]):
-            if part is not None:
-                part.requires_grad_(False).eval()
-                precision = DTYPES[dtype] if part is denoiser else torch.float32
-                nn.Module.to(part, where, precision)  # diffusers' own `to` warns about any cast
+            coarse = where.type == "cuda" and not family.float32_only
+            dtype = "bfloat16" if coarse else "float32"
+        if family.float32_only and dtype != "float32":
+            raise ModelError(f"{family.name}: diffusers runs this denoiser in float32 only")
+        schedule = make_schedule(
+            pipeline.components.get("scheduler"),
+            tokens=family.tokens,
+            even=family.even_sigmas,
+            device=where,
+        )
+        modules = {"denoiser": family.denoiser, "vae": family.vae, **family.text_encoders}
+        modules = {name: module for name, module in modules.items() if module is not None}
+        marks = {name: fingerprint.of_module(module) for name, module in modules.items()}
+        for name, tokenizer in family.tokenizers.items():
+            marks[name] = fingerprint.of_tokenizer(tokenizer)
+        marks["scheduler"] = fingerprint.of_scheduler(schedule.scheduler)
+        marks["pipeline"] = fingerprint.of_facts(family.facts)
+        coder = torch.float32 if dtype == "float32" else torch.bfloat16  # SDXL's overflows in half
+        precisions = {"denoiser": DTYPES[dtype], "vae": coder}
+        for name, module in modules.items():
+            module.requires_grad_(False).eval()
+            # diffusers' own `to` warns about any cast.
+            nn.Module.to(module, where, precisions.get(name, torch.float32))
         return cls(
-            denoiser=denoiser,
-            scheduler=scheduler,
-            vae=parts["vae"],
-            text_encoder=parts["text_encoder"],
-            tokenizer=parts["tokenizer"],
+            denoiser=family.denoiser,
+            family=family,
+            schedule=schedule,
+            vae=family.vae,
             fingerprint=marks,
             device=where,
             dtype=DTYPES[dtype],
@@ -137,31 +136,36 @@ class Model:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that the denoiser was made for."""
-        height, width = _pair(self.denoiser.config.sample_size)
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return height * factor, width * factor
+        height, width = self.family.sample_size
+        return height * self.family.factor, width * self.family.factor
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one x_t."""
-        height, width = _pair(self.denoiser.config.sample_size)
-        return int(self.denoiser.config.in_channels), height, width
+        return self.family.channels, *self.family.sample_size
 
     @property
     def conditional(self) -> bool:
-        """Whether the model listens to text."""
-        return self.text_encoder is not None
+        """Whether the model listens to captions, be they text or the name of a class."""
+        return self.family.conditional
+
+    def refuses(self, caption: str) -> str | None:
+        """Why the model cannot hear this caption, or None if it can."""
+        return self.family.refuses(caption)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> x_0 [B, C, h, w], the posterior's mean, scaled."""
+        """Images [B, 3, H, W] in [-1, 1] -> x_0 [B, C, h, w] float32, the posterior's mean."""
         pixels = pixels.to(self.device, torch.float32)
         if self.vae is None:
             return pixels
-        latents: Tensor = self.vae.encode(pixels).latent_dist.mode()
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        scaled: Tensor = (latents - shift) * self.vae.config.scaling_factor
-        return scaled
+        scale, shift = self._latent_scale
+        with exact_convolutions():
+            parts = [
+                self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode().float()
+                for part in torch.split(pixels, _SLICE)
+            ]
+        return (torch.cat(parts) - shift) * scale
 
     def encode_pictures(self, pictures: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
         """Pictures [B, H, W, 3] as bytes, already fitted to `image_size` -> x_0 [B, C, h, w]."""
@@ -170,75 +174,88 @@ class Model:
         )
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """x_0 [B, C, h, w] -> images [B, 3, H, W], about [-1, 1]; differentiable."""
+        """x_0 [B, C, h, w] -> images [B, 3, H, W] float32, about [-1, 1]; differentiable."""
         if self.vae is None:
             return x_0
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        images: Tensor = self.vae.decode(x_0 / self.vae.config.scaling_factor + shift).sample
-        return images
+        scale, shift = self._latent_scale
+        latents = (x_0 / scale + shift).to(self.vae.dtype)
+        with exact_convolutions():
+            parts = [self.vae.decode(part).sample.float() for part in torch.split(latents, _SLICE)]
+        return torch.cat(parts)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Prompts -> text states [B, L, D]; None for a model that takes no text.
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions | None:
+        """Prompts -> what the denoiser hears, one row each.
+
+        An empty prompt is what the pipeline guides against. Where the model knows no such thing,
+        empty prompts alone give None: nothing is heard.
 
         Raises:
-            ModelError: a non-empty prompt for a model that takes no text.
+            ModelError: a prompt that the model cannot hear, or an empty one beside others for a
+                model without an unconditional prediction.
         """
-        if self.text_encoder is None:
-            if any(prompts):
-                raise ModelError(
-                    f"this model takes no text, so {next(filter(None, prompts))!r} means nothing "
-                    "to it; ask about an image (--image) or give a reward"
-                )
-            return None
-        unique = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(
-            unique,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        ids = tokens.input_ids.to(self.device)
-        states = torch.cat([self.text_encoder(part)[0] for part in ids.split(64)])
-        return states[torch.tensor([unique.index(prompt) for prompt in prompts])]
+        words = [prompt if prompt.strip() else "" for prompt in prompts]
+        if not any(words):
+            return None if self._null is None else self._null.expand(len(words))
+        unique = list(dict.fromkeys(filter(None, words)))
+        with _quiet():
+            parts = [
+                self.family.encode(unique[start : start + _PROMPTS], self.device)
+                for start in range(0, len(unique), _PROMPTS)
+            ]
+        if "" in words:
+            if self._null is None:
+                raise ModelError(f"{self.refuses('')}; give every picture its class")
+            parts.append(self._null)
+            unique.append("")
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        rows = torch.tensor([place[word] for word in words], device=self.device)
+        return Conditions.cat(parts).rows(rows)
 
-    def noise(self, x_t: Tensor, t: Tensor, states: Tensor | None) -> Tensor:
-        """The noise prediction e(x_t, t, c) in float32, whatever the model was trained to predict.
+    def output(self, x_t: Tensor, t: Tensor, states: Conditions | None) -> Tensor:
+        """What the denoiser puts out, in the precision of x_t; of what kind, the schedule knows."""
+        heard = {} if states is None else dict(states.to(self.dtype).tensors)
+        with exact_convolutions():
+            output = self.family.output(
+                self.denoiser, x_t.to(self.dtype), self.schedule.time(t), heard
+            )
+        # Some models predict a variance beside the mean.
+        return output[:, : x_t.shape[1]].to(x_t.dtype)
+
+    def noise(self, x_t: Tensor, t: Tensor, states: Conditions | None) -> Tensor:
+        """The noise prediction e(x_t, t, c), whatever the model was trained to predict.
 
         Args:
             x_t: [B, C, h, w] float32.
-            t: [B] int64 training timesteps.
-            states: [B, L, D] text states, or None.
+            t: [B] int64 levels of the schedule.
+            states: what the denoiser hears, B rows; None for a model that hears nothing.
         """
-        inputs = x_t.to(self.dtype)
-        output: Tensor
-        text = {} if states is None else {"encoder_hidden_states": states.to(self.dtype)}
-        with exact_convolutions():
-            output = self.denoiser(inputs, t, **text).sample
-        # Some models predict a variance beside the mean.
-        output = output[:, : x_t.shape[1]].float()
-        a, s = self.coefficients(t)
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return output
-        if kind == "v_prediction":
-            return a * output + s * x_t
-        if kind == "sample":
-            return (x_t - a * output) / s
-        raise ModelError(
-            f"prediction type {kind!r} is not supported; epsilon, v_prediction or sample"
-        )
+        return self.schedule.noise(x_t, self.output(x_t, t, states), t)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a_t, s_t) of x_t = a_t x_0 + s_t eps, each [B, 1, 1, 1] float32."""
-        kept: Tensor = self.scheduler.alphas_cumprod.to(t.device)[t].float().view(-1, 1, 1, 1)
-        return kept.sqrt(), (1 - kept).sqrt()
+        return self.schedule.coefficients(t)
 
     def predicted(self, x_t: Tensor, t: Tensor, e: Tensor) -> Tensor:
-        """xhat0(x_t) = (x_t - s_t e) / a_t."""
+        """xhat0(x_t) = (x_t - s_t e) / a_t.
+
+        Where a_t = 0, x_t holds nothing of x_0 and a model that can be sampled from there says
+        e = x_t: the result is then 0 with gradient 0.
+        """
         a, s = self.coefficients(t)
-        return (x_t - s * e) / a
+        return (x_t - s * e) / a.clamp(min=1e-6)
+
+    @cached_property
+    def _null(self) -> Conditions | None:
+        """One row of the empty prompt: it is asked for with every batch."""
+        with _quiet():
+            return self.family.unconditional(self.device)
+
+    @property
+    def _latent_scale(self) -> tuple[float, float]:
+        """Scale and shift of x_0 = (latent - shift) * scale."""
+        config = self.vae.config
+        return config.scaling_factor, config.get("shift_factor") or 0.0
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -253,19 +270,73 @@ def exact_convolutions() -> AbstractContextManager[None]:
     return flags
 
 
+# What the loading libraries raise over files that are missing, broken or of another kind.
+_LOADING = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+
+
+def _load_adapter(pipeline: Any, lora: str | Path) -> None:
+    """Put a LoRA beside the pipeline's weights."""
+    name = type(pipeline).__name__
+    load = getattr(pipeline, "load_lora_weights", None)
+    if load is None:
+        raise ModelError(f"a {name} takes no LoRA; leave --lora out")
+    if not Path(lora).exists() and not _hub_id(lora):
+        raise ModelError(f"adapter {lora} does not exist; check --lora")
+    try:
+        # What the libraries say stays heard: layers of the adapter that found no place, say.
+        with _without_bars():
+            # Adapters in pickled files are refused: reading one runs what is in it.
+            load(str(lora), use_safetensors=True)
+    except (*_LOADING, SafetensorError) as error:
+        raise ModelError(
+            f"{lora} cannot be loaded as a LoRA of a {name}: {_first_line(error)}; "
+            "check that --lora names what save_lora_weights() wrote for this model"
+        ) from error
+    denoiser = pipeline.components.get("unet") or pipeline.components.get("transformer")
+    if not any("lora_" in part for part, _ in denoiser.named_parameters()):
+        raise ModelError(f"{lora} adapts no layer of the denoiser; there is nothing to attribute")
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Parts that were None when the pipeline was saved; diffusers wants to be told so again."""
+    if not folder.exists():
+        return {}
+    parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {name: None for name, value in parts.items() if value == [None, None]}
+
+
+def _hub_id(path: str | Path) -> bool:
+    return not Path(path).is_absolute() and len(Path(path).parts) <= 2 and str(path)[:1] != "."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no advice from the loading libraries, whose settings are put back."""
+    """No advice from the libraries, such as that a caption was cut."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
-        library.disable_progress_bar()
     try:
         yield
     finally:
         for library, verbosity in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars from the loading libraries."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
             library.enable_progress_bar()
 
 
@@ -276,32 +347,8 @@ def _usable(device: str) -> torch.device:
         where = torch.device(name)
         torch.zeros(1, device=where)
     except (RuntimeError, AssertionError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"--device {device} cannot be used here: {first}; auto, cpu and cuda are usual"
+            f"--device {device} cannot be used here: {_first_line(error)}; "
+            "auto, cpu and cuda are usual"
         ) from error
     return where
-
-
-def _check_supported(denoiser: nn.Module, vae: Any, pipeline: Any) -> None:
-    """Refuse a pipeline whose denoiser needs more than x_t, t and text states."""
-    config: Any = denoiser.config
-    name = type(pipeline).__name__
-    needs = [key for key in _MORE_CONDITIONS if config.get(key)]
-    if needs:
-        raise ModelError(
-            f"{name}: its denoiser needs {', '.join(needs)}, which is not supported yet; "
-            "use a Stable Diffusion 1.x or 2.x pipeline, or an unconditional one"
-        )
-    expected = 3 if vae is None else int(vae.config.latent_channels)
-    if config.in_channels != expected:
-        raise ModelError(
-            f"{name}: its denoiser takes {config.in_channels} channels, its images have "
-            f"{expected}; inpainting and single-channel models are not supported"
-        )
-    if not config.sample_size:
-        raise ModelError(f"{name}: its denoiser's configuration has no sample_size; set it")
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

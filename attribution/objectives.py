@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .conditions import Conditions
 from .model import Model
 
 
@@ -23,11 +24,11 @@ class Point:
     """One noise level of a batch, before the forward pass."""
 
     x_t: Tensor  # [B, C, h, w] float32
-    t: Tensor  # [B] int64
+    t: Tensor  # [B] int64 levels of the model's noise schedule
     x_0: Tensor  # [B, C, h, w] the clean sample
     eps: Tensor  # [B, C, h, w] the noise that takes x_0 to x_t
-    states: Tensor | None  # [B, L, D] text states of the caption
-    null: Tensor | None  # [B, L, D] text states of the empty prompt
+    states: Conditions | None  # what the caption lets the denoiser hear, B rows
+    null: Conditions | None  # the same of the empty prompt
 
 
 # "noise": x_0 with drawn noise; "inversion": deterministic inversion of x_0, guided.

@@ -9,18 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ModelError
+from .conditions import Conditions
 from .model import Model
 from .objectives import Point
 
 
 def ddim_grid(model: Model, steps: int) -> list[int]:
-    """`steps` training timesteps, ascending, spaced as the scheduler's sampler spaces them."""
-    levels = model.scheduler.config.num_train_timesteps
-    if not 1 <= steps <= levels:
-        raise ModelError(f"steps is {steps}; the model's schedule has {levels} noise levels")
-    model.scheduler.set_timesteps(steps)
-    return sorted(int(t) for t in model.scheduler.timesteps)
+    """`steps` noise levels, ascending, spaced as the pipeline's sampler spaces them."""
+    return model.schedule.grid(steps)
 
 
 def kept(grid: Sequence[int], count: int) -> list[int]:
@@ -39,15 +35,15 @@ def seeded_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
 def noise_path(
     model: Model,
     x_0: Tensor,
-    states: Tensor | None,
-    null: Tensor | None,
+    states: Conditions | None,
+    null: Conditions | None,
     *,
     timesteps: Sequence[int],
     noise: Tensor,
 ) -> Iterator[Point]:
     """x_t = a_t x_0 + s_t eps at each timestep; `noise` is [B, T, C, h, w]."""
     for index, timestep in enumerate(timesteps):
-        t = torch.full((len(x_0),), timestep, dtype=torch.int64, device=x_0.device)
+        t = _levels(x_0, timestep)
         a, s = model.coefficients(t)
         eps = noise[:, index].to(x_0.device)
         yield Point(a * x_0 + s * eps, t, x_0, eps, states, null)
@@ -57,18 +53,25 @@ def noise_path(
 def inversion_path(
     model: Model,
     x_0: Tensor,
-    states: Tensor | None,
-    null: Tensor | None,
+    states: Conditions | None,
+    null: Conditions | None,
     *,
     grid: Sequence[int],
     timesteps: Sequence[int],
     guidance: float,
 ) -> list[Point]:
     """DDIM inversion of x_0 along the grid; the points at `timesteps` are kept (no gradient)."""
-    x, previous, points = x_0, -1, []
+    x, previous, points = x_0, model.schedule.clean, []
     for timestep in grid:
-        e = guided_noise(model, x, timestep, states, null, guidance)
-        x = ddim_step(model, x, e, previous, timestep)
+        t = _levels(x, timestep)
+        output = guided_output(model, x, t, states, null, guidance)
+        # The step begins at x's own level. There a velocity is read as one; a predicted sample
+        # leaves no noise to read at the clean end, so it is read where the denoiser was asked.
+        own = _levels(x, previous) if model.schedule.velocity else t
+        e = model.schedule.noise(x, output, own)
+        a, s = model.coefficients(_levels(x, previous))
+        a_next, s_next = model.coefficients(t)
+        x = a_next * ((x - s * e) / a) + s_next * e
         if timestep in timesteps:
             points.append(_visited(model, x, timestep, x_0, states, null))
         previous = timestep
@@ -79,21 +82,25 @@ def inversion_path(
 def generation_path(
     model: Model,
     x_T: Tensor,
-    states: Tensor | None,
-    null: Tensor | None,
+    states: Conditions | None,
+    null: Conditions | None,
     *,
     grid: Sequence[int],
     timesteps: Sequence[int],
     guidance: float,
 ) -> tuple[Tensor, list[Point]]:
-    """Deterministic DDIM sampling from x_T: x_0, and the points of the path at `timesteps`."""
+    """Deterministic DDIM sampling from x_T: x_0, and the points of the path at `timesteps`.
+
+    For a flow these are the sampler's Euler steps.
+    """
     x, visited = x_T, []
     for index in reversed(range(len(grid))):
         timestep = grid[index]
         if timestep in timesteps:
             visited.append((timestep, x))
-        e = guided_noise(model, x, timestep, states, null, guidance)
-        x = ddim_step(model, x, e, timestep, grid[index - 1] if index else -1)
+        output = guided_output(model, x, _levels(x, timestep), states, null, guidance)
+        end = grid[index - 1] if index else model.schedule.clean
+        x = _ddim_step(model, x, output, timestep, end)
     points = [_visited(model, x_t, at, x, states, null) for at, x_t in reversed(visited)]
     return x, points
 
@@ -103,48 +110,48 @@ def _visited(
     x_t: Tensor,
     timestep: int,
     x_0: Tensor,
-    states: Tensor | None,
-    null: Tensor | None,
+    states: Conditions | None,
+    null: Conditions | None,
 ) -> Point:
     """A point of a path that leads to x_0; its noise is what x_t holds beside x_0."""
-    t = torch.full((len(x_t),), timestep, dtype=torch.int64, device=x_t.device)
+    t = _levels(x_t, timestep)
     a, s = model.coefficients(t)
     return Point(x_t, t, x_0, (x_t - a * x_0) / s, states, null)
 
 
-def guided_noise(
+def guided_output(
     model: Model,
     x: Tensor,
-    timestep: int,
-    states: Tensor | None,
-    null: Tensor | None,
+    t: Tensor,
+    states: Conditions | None,
+    null: Conditions | None,
     guidance: float,
 ) -> Tensor:
-    """e(null) + guidance (e(c) - e(null)); one forward where there is nothing to guide."""
-    t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
+    """The denoiser's output f at guidance w: f(null) + w (f(c) - f(null)).
+
+    One forward where there is nothing to guide, or where guidance is distilled into the denoiser
+    and its scale is a condition.
+    """
+    if states is not None and "guidance" in states.tensors:
+        return model.output(x, t, states.replaced("guidance", guidance))
     if states is None or null is None or guidance == 1.0:
-        return model.noise(x, t, states)
-    both = model.noise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, states]))
+        return model.output(x, t, states)
+    both = model.output(torch.cat([x, x]), torch.cat([t, t]), Conditions.cat([null, states]))
     without, with_text = both.chunk(2)
     return without + guidance * (with_text - without)
 
 
-def ddim_step(model: Model, x: Tensor, e: Tensor, start: int, end: int) -> Tensor:
-    """Move x from timestep `start` to `end` along e, in either direction; -1 is the clean end."""
-    a_0, s_0 = _level(model, start)
-    a_1, s_1 = _level(model, end)
-    clean = (x - s_0 * e) / a_0
-    if model.scheduler.config.clip_sample and end < start:
-        limit = model.scheduler.config.clip_sample_range
+def _ddim_step(model: Model, x: Tensor, output: Tensor, start: int, end: int) -> Tensor:
+    """Move x from level `start` towards the clean end, to level `end`, as the output says."""
+    t = _levels(x, start)
+    clean, e = model.schedule.denoised(x, output, t), model.schedule.noise(x, output, t)
+    if (limit := model.schedule.clip) is not None:
+        a, s = model.coefficients(t)
         clean = clean.clamp(-limit, limit)
-        e = (x - a_0 * clean) / s_0
-    return a_1 * clean + s_1 * e
+        e = (x - a * clean) / s
+    a, s = model.coefficients(_levels(x, end))
+    return a * clean + s * e
 
 
-def _level(model: Model, timestep: int) -> tuple[float, float]:
-    kept = (
-        model.scheduler.final_alpha_cumprod
-        if timestep < 0
-        else model.scheduler.alphas_cumprod[timestep]
-    )
-    return float(kept) ** 0.5, float(1 - kept) ** 0.5
+def _levels(x: Tensor, level: int) -> Tensor:
+    return torch.full((len(x),), level, dtype=torch.int64, device=x.device)

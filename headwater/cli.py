@@ -27,6 +27,10 @@ Folder = Annotated[Path, typer.Argument(help="Folder of the index.", show_defaul
 ModelPath = Annotated[
     str, typer.Option("--model", help="Diffusers pipeline folder or hub id.", show_default=False)
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(help="LoRA of the model: file, folder or hub id.", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Where = Annotated[str | None, typer.Option(help="DuckDB condition over the item columns.")]
@@ -61,6 +65,7 @@ def ingest(
     noise: Annotated[str, typer.Option(help="image: each its own; shared: one for all.")] = "image",
     seed: Annotated[int, typer.Option(help="Of noise and projection.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
+    lora: Lora = None,
     device: Device = "auto",
     limit: Annotated[int | None, typer.Option(help="At most so many items.")] = None,
     where: Annotated[str | None, typer.Option(help="DuckDB condition over the columns.")] = None,
@@ -93,7 +98,7 @@ def ingest(
         rights_holder=rights_holder_column,
         source=source_column,
     )
-    loaded = Model.from_pretrained(model, device=device, dtype=dtype)
+    loaded = Model.from_pretrained(model, lora=lora, device=device, dtype=dtype)
     with ingest_bar("ingest", quiet) as progress:
         summary = build_index(
             source,
@@ -123,6 +128,7 @@ def query(
     where: Where = None,
     damping: Annotated[float | None, typer.Option(help="Lambda / mean squared row.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Of generated pictures.")] = None,
+    lora: Lora = None,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report.")] = None,
@@ -141,7 +147,7 @@ def query(
         if target.is_dir() or not target.absolute().parent.is_dir():
             raise QueryError(f"{target} cannot be written: give a file in a folder that exists")
     opened = Index(index)
-    loaded = Model.from_pretrained(model, device=device, dtype=opened.recipe.dtype)
+    loaded = Model.from_pretrained(model, lora=lora, device=device, dtype=opened.recipe.dtype)
     with spinner("asking", quiet):
         result = opened.query(
             Concept(prompt, contrast, image), loaded, asking=asking, where=where, top=top

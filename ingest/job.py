@@ -157,7 +157,7 @@ def _write_items(
         rows: list[npt.NDArray[np.float32]] = []
         finished: list[_Prepared] = []
         while batch := list(islice(stream, min(batch_size, SHARD_ITEMS - len(finished)))):
-            prepared = [_prepare(item, engine.model.image_size) for item in batch]
+            prepared = [_prepare(item, engine.model) for item in batch]
             features, prepared = _compute(engine, prepared)
             rows.append(features)
             finished += prepared
@@ -185,7 +185,7 @@ def _write_items(
     return quarantined
 
 
-def _prepare(item: SourceItem, size: tuple[int, int]) -> _Prepared:
+def _prepare(item: SourceItem, model: Model) -> _Prepared:
     """Decode an item, or put down why it cannot be used."""
     columns: dict[str, Any] = {
         "item_id": item.item_id,
@@ -202,7 +202,7 @@ def _prepare(item: SourceItem, size: tuple[int, int]) -> _Prepared:
         "status": "ok",
         "error": None,
     }
-    error = item.error
+    error = item.error or model.refuses(item.caption)
     if error is None and item.data is not None:
         try:
             image = decode(item.data)
@@ -211,7 +211,7 @@ def _prepare(item: SourceItem, size: tuple[int, int]) -> _Prepared:
         else:
             columns["sha256"], columns["phash"] = fingerprints(item.data, image)
             columns["width"], columns["height"] = image.size
-            return _Prepared(columns, fit(image, size), thumbnail(image))
+            return _Prepared(columns, fit(image, model.image_size), thumbnail(image))
     columns |= {"status": "quarantined", "error": error or "no image data"}
     return _Prepared(columns, None, None)
 

@@ -36,6 +36,10 @@ def query_rows(
 ) -> tuple[Tensor, list[Image.Image]]:
     """One row per seed [S, dim] float32, and the pictures they are about: drawn, or the given."""
     model = engine.model
+    compared = (concept.contrast,) if asking.method in ("contrast", "slider") else ()
+    for text in (concept.prompt, *compared):
+        if reason := model.refuses(text):
+            raise QueryError(f"{reason}; ask with what it was trained on")
     picture = None if concept.image is None else read_picture(concept.image)
     given = None  # [1, C, h, w]
     if picture is not None:

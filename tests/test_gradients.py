@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from headwater.attribution import METHODS, Engine, Model, ModelError, Recipe
+from headwater.attribution.conditions import Conditions
 from headwater.attribution.layers import parameter_gradients, select_parameters
 from headwater.attribution.objectives import Point
 
@@ -33,7 +35,9 @@ def samples(count: int = 4) -> torch.Tensor:
 
 
 def one(point: Point, i: int) -> Point:
-    def row(value: torch.Tensor | None) -> torch.Tensor | None:
+    def row(value: torch.Tensor | Conditions | None) -> torch.Tensor | Conditions | None:
+        if isinstance(value, Conditions):
+            return value.rows(slice(i, i + 1)).to(torch.float64)
         if value is None:
             return None
         return value[i : i + 1].double() if value.is_floating_point() else value[i : i + 1]
@@ -49,15 +53,16 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Model.noise and coefficients work in float32 by design; the reference needs float64."""
 
     def coefficients(self: Model, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = self.scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+        kept = self.schedule.scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
         return kept.sqrt().double(), (1 - kept).sqrt().double()
 
     def noise(
-        self: Model, x_t: torch.Tensor, t: torch.Tensor, states: torch.Tensor | None
+        self: Model, x_t: torch.Tensor, t: torch.Tensor, states: Conditions | None
     ) -> torch.Tensor:
-        raw = self.denoiser(x_t, t, encoder_hidden_states=states).sample
+        assert states is not None
+        raw = self.denoiser(x_t, t, **states.tensors).sample
         a, s = coefficients(self, t)
-        kind = self.scheduler.config.prediction_type
+        kind = self.schedule.scheduler.config.prediction_type
         return {
             "epsilon": raw,
             "v_prediction": a * raw + s * x_t,
@@ -113,6 +118,9 @@ def test_gradients_equal_autograd_loop_over_every_parameter(
         (nn.LayerNorm((4, 6)), (3, 2, 4, 6)),
         (nn.GroupNorm(2, 6), (3, 6, 4, 4)),
         (nn.GroupNorm(3, 6), (3, 6, 5)),
+        (nn.RMSNorm(6), (3, 4, 6)),
+        (nn.RMSNorm((4, 6), eps=1e-5), (3, 2, 4, 6)),
+        (RMSNorm(6, eps=1e-6, bias=True), (3, 2, 4, 6)),
     ],
     ids=str,
 )
@@ -137,6 +145,16 @@ def test_layer_rule_equals_autograd(layer: nn.Module, shape: tuple[int, ...]) ->
             torch.testing.assert_close(found[name][i].double(), gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_embedding_rule_equals_autograd() -> None:
+    layer = nn.Embedding(5, 3)
+    index = torch.tensor([[0, 2, 2], [4, 1, 0]])
+    cotangent = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = parameter_gradients(layer, index, cotangent, ["weight"])["weight"]
+    for i in range(2):
+        (expected,) = torch.autograd.grad(layer(index[i]), layer.weight, cotangent[i])
+        torch.testing.assert_close(found[i], expected)
+
+
 def test_layer_called_twice_sums_its_calls() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -144,7 +162,7 @@ def test_layer_called_twice_sums_its_calls() -> None:
             self.shared = nn.Linear(8, 8)
             self.config = type("Config", (), {"sample_size": 8, "in_channels": 4})()
 
-        def forward(self, x: torch.Tensor, t: torch.Tensor, **_: object) -> object:
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, **_: object) -> object:
             return type("Output", (), {"sample": self.shared(torch.tanh(self.shared(x)))})()
 
     model = Model.from_pipeline(tiny.stable_diffusion(), device="cpu")
@@ -215,8 +233,8 @@ def test_pixel_model_without_text() -> None:
 
 
 def test_unsupported_parameter_is_named() -> None:
-    denoiser = nn.ModuleDict({"fine": nn.Linear(2, 2), "odd": nn.Embedding(3, 2)})
-    with pytest.raises(ModelError, match=r"odd\.weight belongs to a Embedding"):
+    denoiser = nn.ModuleDict({"fine": nn.Linear(2, 2), "odd": nn.Bilinear(3, 2, 2)})
+    with pytest.raises(ModelError, match=r"odd\.weight belongs to a Bilinear"):
         select_parameters(denoiser, "odd")
     assert select_parameters(denoiser, "fine").size == 6
 

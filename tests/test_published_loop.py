@@ -20,19 +20,17 @@ def test_features_equal_the_published_loop() -> None:
     engine = Engine(model, recipe)
     x_0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     captions = ["a red cat", "the dog", "a fish by studio"]
-    text = model.text_encoder(
-        model.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    )[0]
-    null = model.text_encoder(
-        model.tokenizer([""] * 3, padding="max_length", return_tensors="pt").input_ids
-    )[0]
-    kept = model.scheduler.alphas_cumprod
+    states, empty = engine.states(captions)
+    assert states is not None
+    assert empty is not None
+    text, null = (s.tensors["encoder_hidden_states"] for s in (states, empty))
+    kept = model.schedule.scheduler.alphas_cumprod
     points = published_loop.guided_inversion(
-        model.denoiser, kept, x_0, text.detach(), null.detach(), engine.grid, engine.timesteps
+        model.denoiser, kept, x_0, text, null, engine.grid, engine.timesteps
     )
     coordinates = torch.randperm(engine.projector.dim)[:500]
     expected = published_loop.features(
-        model.denoiser, kept, x_0, text.detach(), points, engine.timesteps, coordinates
+        model.denoiser, kept, x_0, text, points, engine.timesteps, coordinates
     )
     rows = engine.rows(x_0, captions, ["a", "b", "c"]).features[:, coordinates]
     assert torch.cosine_similarity(rows, expected).min() > 0.9999
