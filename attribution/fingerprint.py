@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # Settings of a scheduler that decide x_t or which timesteps are visited.
 _SCHEDULE = (
@@ -44,14 +45,22 @@ def of_module(module: nn.Module) -> str:
     digest = hashlib.sha256(type(module).__name__.encode())
     config: Any = getattr(module, "config", {})
     digest.update(_settings(config if isinstance(config, Mapping) else config.to_dict()))
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    tensors = sorted(module.state_dict().items())
+    with ThreadPoolExecutor() as threads:  # hashlib and the copies leave the interpreter free
+        for (name, tensor), weights in zip(
+            tensors, threads.map(_of_tensor, (tensor for _, tensor in tensors)), strict=True
+        ):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + weights)
     for name, part in module.named_modules():
         # The strength of an adapter's layers is no weight of theirs.
         if isinstance(scaling := getattr(part, "scaling", None), Mapping):
             digest.update(_settings({"layer": name, "scaling": scaling}))
     return digest.hexdigest()
+
+
+def _of_tensor(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu().contiguous().float().numpy()
+    return hashlib.sha256(memoryview(values.reshape(-1)).cast("B")).digest()
 
 
 def of_scheduler(scheduler: Any) -> str:
