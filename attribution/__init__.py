@@ -8,7 +8,10 @@ pipelines.py   the kinds of pipelines
 schedule.py    noise levels, and what an output says of x_0 and eps
 model.py       a diffusers pipeline seen as e(x_t, t, c)
 layers.py      per-sample weight gradients, layer type by layer type
-projection.py  random projection drawn by a hash
+hashing.py     the counter-based hash of projections
+projection.py  random projection, kind by kind
+sjlt.py        sparse Johnson-Lindenstrauss, and sjlt_triton.py its kernel on a GPU
+factored.py    Kronecker-factored projection
 objectives.py  training methods as cotangents
 trajectory.py  where gradients are taken
 recipe.py      what defines a feature space, and its identity

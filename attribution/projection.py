@@ -1,12 +1,19 @@
-"""Random projection of gradients, drawn by a counter-based hash so that nothing is stored.
+"""Random projection of gradients, drawn by a counter-based hash so that nothing large is stored.
 
-`sjlt` is the sparse Johnson-Lindenstrauss transform with one non-zero per coordinate
-(Dasgupta, Kumar and Sarlos 2010): coordinate j goes to bucket h(j) with sign s(j). Inner products
-are preserved in expectation: E<Pa, Pb> = <a, b>. `identity` keeps every coordinate.
+    sjlt      signed sums, each coordinate in one of them (Dasgupta, Kumar and Sarlos 2010)
+    mask      one coordinate from each of equal strata (Concept-TRAK, 2507.06547, subsamples)
+    factored  products of signs of outputs and of inputs (LoGra, 2405.13954)
+    trak      dense signs by the package traker (TRAK, 2303.14186), to compare with
+    identity  every coordinate, unprojected
+
+Each is linear, unbiased, E<Pa, Pb> = <a, b>, and depends on the seed and a parameter's place
+alone, so parameters may be added in any order.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,10 +21,13 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .factored import Factored
+from .hashing import make_key, scaled, words
 from .layers import Slot
+from .sjlt import SJLT
 
-KINDS = ("sjlt", "identity")
-_WORD = 0xFFFFFFFF  # the hash computes in 32-bit words held by int64
+KINDS = ("sjlt", "mask", "factored", "trak", "identity")
+_MASK, _TRAK = 3, 4  # purposes of keys; sjlt.py and factored.py hold the others
 
 
 class Projector(Protocol):
@@ -33,18 +43,25 @@ class Projector(Protocol):
 
 
 def make_projector(kind: str, *, slots: Sequence[Slot], dim: int, seed: int) -> Projector:
-    """The projection of gradients over `slots` to rows of `dim`.
+    """The projection of gradients over `slots` to rows of `dim` (`factored`: at most `dim`).
 
     Raises:
-        ModelError: unknown kind or a dimension below 1.
+        ModelError: unknown kind, a dimension that it cannot have, or `trak` without its package.
     """
+    if kind not in KINDS:
+        raise ModelError(f"projection {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    size = sum(slot.size for slot in slots)
     if kind == "identity":
-        return Identity(sum(slot.size for slot in slots))
-    if kind == "sjlt":
-        if dim < 1:
-            raise ModelError(f"--dim {dim} is not positive; 1024 to 16384 are usual")
-        return SJLT(dim, seed)
-    raise ModelError(f"projection {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        return Identity(size)
+    if dim < 1:
+        raise ModelError(f"--dim {dim} is not positive; 1024 to 16384 are usual")
+    if kind == "mask":
+        return Mask(size, dim, seed)
+    if kind == "factored":
+        return Factored(slots, dim, seed)
+    if kind == "trak":
+        return Trak(dim, seed)
+    return SJLT(dim, seed)
 
 
 class Identity:
@@ -59,68 +76,71 @@ class Identity:
         rows[:, slot.offset : slot.offset + slot.size] += gradient
 
 
-class SJLT:
-    """One non-zero per coordinate; the same rows on CPU and GPU up to rounding."""
+class Mask:
+    """Keeps one coordinate of each of `dim` equal strata, scaled by sqrt(width of the stratum).
 
-    def __init__(self, dim: int, seed: int) -> None:
+    Var<Pa, Pb> = sum over strata of width x sum (a_i b_i)^2 - (sum a_i b_i)^2: little for flat
+    gradients, much for heavy-tailed ones.
+    """
+
+    def __init__(self, size: int, dim: int, seed: int) -> None:
+        if dim > size:
+            raise ModelError(
+                f"projection 'mask' keeps --dim {dim} of only {size} selected coordinates; "
+                f"give --dim {size} or less, or select more --parameters"
+            )
         self.dim = dim
-        self._seed = seed
-        self._plans: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        stratum = torch.arange(dim + 1)
+        edges = (size // dim) * stratum + (size % dim) * stratum // dim  # = size x stratum // dim
+        width = edges.diff()
+        kept = edges[:-1] + scaled(words(stratum[:-1], make_key(seed, _MASK)), width)
+        self._kept: list[int] = kept.tolist()  # ascending
+        self._plan = {torch.device("cpu"): (kept, width.double().sqrt().float())}
 
     def add(self, rows: Tensor, square: Tensor, gradient: Tensor, slot: Slot) -> None:
-        """Scatter the signed slice into its buckets, the same way at every call."""
+        """Pick the slot's own coordinates: they are neighbours in the row."""
+        square += gradient.float().square().sum(1)
+        device = gradient.device
+        if device not in self._plan:
+            kept, scale = self._plan[torch.device("cpu")]
+            self._plan[device] = kept.to(device), scale.to(device)
+        kept, scale = self._plan[device]
+        first, last = (
+            bisect_left(self._kept, edge) for edge in (slot.offset, slot.offset + slot.size)
+        )
+        picked = gradient[:, kept[first:last] - slot.offset]
+        rows[:, first:last] += picked.float() * scale[first:last]
+
+
+class Trak:
+    """A dense matrix of signs by TRAK's own projector, to compare with; slow at any real size.
+
+    It draws from torch's generators, so rows of a CPU and of a GPU are not comparable.
+    """
+
+    def __init__(self, dim: int, seed: int) -> None:
+        try:
+            from trak.projectors import BasicProjector, ProjectionType
+        except ImportError as error:
+            raise ModelError(
+                "projection 'trak' needs the package traker: pip install 'headwater[trak]'"
+            ) from error
+        self.dim = dim
+        self._seed = seed
+        self._projector, self._signs = BasicProjector, ProjectionType.rademacher
+
+    def add(self, rows: Tensor, square: Tensor, gradient: Tensor, slot: Slot) -> None:
+        """Project with a matrix of the slot's own, made for this call: it fills memory."""
         gradient = gradient.float()
         square += gradient.square().sum(1)
-        index, sign = self._plan(slot, gradient.device)
-        if gradient.device.type == "cpu":
-            rows.scatter_add_(1, index.expand_as(gradient), gradient * sign)
-        else:
-            # A GPU scatters with atomic additions in any order; gathering each bucket's
-            # coordinates sums them in one fixed order, so that a run repeats to the bit.
-            padded = torch.nn.functional.pad(gradient, (0, 1))  # the last column is the filler 0
-            rows += (padded[:, index] * sign).sum(-1)  # [B, dim, widest bucket]
-
-    def _plan(self, slot: Slot, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (slot.name, device)
-        if key not in self._plans:
-            bucket, sign = hash_coordinates(slot.offset, slot.size, self.dim, self._seed, device)
-            if device.type != "cpu":
-                bucket, sign = _bucket_lists(bucket, sign, self.dim)
-            self._plans[key] = (bucket, sign)
-        return self._plans[key]
-
-
-def hash_coordinates(
-    offset: int, size: int, dim: int, seed: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Bucket (int64 [size]) and sign (float32 [size], +1 or -1) from `offset` on.
-
-    Exact integer arithmetic: every device gives the same answer.
-    """
-    counter = torch.arange(offset, offset + size, dtype=torch.int64, device=device)
-    word = _mix(_mix(counter & _WORD, seed & _WORD), (counter >> 32) ^ (seed >> 32) ^ 0x51ED270B)
-    other = _mix(word, 0x2545F491)
-    bucket = (word * dim) >> 32  # unbiased to 1 in 2^32 / dim, and no modulo
-    return bucket, ((other >> 31) & 1).float() * 2 - 1
-
-
-def _mix(word: Tensor, key: int | Tensor) -> Tensor:
-    """A bijective 32-bit finaliser (two multiply-xorshift rounds) keyed by xor."""
-    word = (word ^ key) & _WORD
-    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _WORD
-    word = ((word ^ (word >> 15)) * 0x735A2D97) & _WORD
-    return word ^ (word >> 15)
-
-
-def _bucket_lists(bucket: Tensor, sign: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Coordinates of each bucket [dim, widest] and their signs, filled with (size, 0)."""
-    size = bucket.numel()
-    order = torch.argsort(bucket, stable=True)
-    counts = torch.bincount(bucket, minlength=dim)
-    start = counts.cumsum(0) - counts
-    column = torch.arange(size, device=bucket.device) - start[bucket[order]]
-    lists = bucket.new_full((dim, int(counts.max())), size)
-    signs = sign.new_zeros(lists.shape)
-    lists[bucket[order], column] = order
-    signs[bucket[order], column] = sign[order]
-    return lists, signs
+        high, low = make_key(self._seed, _TRAK, slot.offset)
+        # 62 bits: its blocks of columns are seeded 1000 apart, which must not meet another slot's.
+        projector = self._projector(
+            grad_dim=slot.size,
+            proj_dim=self.dim,
+            seed=(high >> 2 << 32) + low,
+            proj_type=self._signs,
+            device=gradient.device,
+        )
+        # Its signs are of length one: a row of them measures sqrt(dim) too long.
+        rows += projector.project(gradient, model_id=0) / math.sqrt(self.dim)
