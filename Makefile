@@ -21,7 +21,7 @@ lint: .venv/.stamp
 	$(BIN)/ruff format --check .
 	# mypy reads folders, not the mapping of pyproject.toml: show it the package as installed.
 	rm -rf build/typed && mkdir -p build/typed/headwater
-	ln -s $(CURDIR)/headwater/* $(addprefix $(CURDIR)/,attribution index ingest queries) build/typed/headwater/
+	ln -s $(CURDIR)/headwater/* $(addprefix $(CURDIR)/,attribution benchmarks index ingest queries) build/typed/headwater/
 	MYPYPATH=build/typed $(BIN)/mypy -p headwater
 
 .venv/.stamp: pyproject.toml constraints.txt

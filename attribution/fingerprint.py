@@ -59,7 +59,7 @@ def of_module(module: nn.Module) -> str:
 
 
 def _of_tensor(tensor: Tensor) -> bytes:
-    values = tensor.detach().cpu().contiguous().float().numpy()
+    values: Any = tensor.detach().cpu().contiguous().float().numpy()
     return hashlib.sha256(memoryview(values.reshape(-1)).cast("B")).digest()
 
 

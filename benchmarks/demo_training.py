@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_gate import (
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from headwater.benchmarks.demo_gate import (
     MONITOR_STREAM,
     STUDIO_NAMES,
     Progress,
@@ -29,11 +34,6 @@ from demo_gate import (
     joint_rates,
     set_rate,
 )
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
 from headwater.demo.art import OBJECTS
 from headwater.demo.corpus import caption, object_contrast, studio_contrast
 

@@ -138,7 +138,7 @@ class Bench:
         for start in range(0, len(self.prompts), self.batch):
             part = slice(start, start + self.batch)
             prompts, keys = self.prompts[part], self.query_keys[part]
-            points = []
+            points: list[Any] = []
             if kind == "slider":
                 states, null = engine.states(prompts)
                 _, points = generation_path(

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from emoji_bench import Bench, arguments, load
 
 from headwater.attribution import Engine, Recipe
+from headwater.benchmarks.emoji_bench import Bench, arguments, load
 
 DAMPINGS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 
@@ -37,10 +37,11 @@ def main() -> None:
                 record = {"name": name, "machine": machine, "rows": len(bench.keys)} | record
                 out.write(json.dumps(record) + "\n")
                 out.flush()
-                best = max(record["scores"], key=lambda row: row[1] + row[2])
+                scores: Any = record["scores"]
+                best = max(scores, key=lambda row: row[1] + row[2])
                 print(
                     f"{name:16} {record['query']:9} ingest {record['rate']:6.0f}/s  "
-                    + " ".join(f"{d:g}:{o:.2f}/{s:.2f}" for d, o, s in record["scores"])
+                    + " ".join(f"{d:g}:{o:.2f}/{s:.2f}" for d, o, s in scores)
                     + f"  best {best}",
                     flush=True,
                 )

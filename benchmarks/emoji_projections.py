@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from emoji_bench import Bench, arguments, load
 from torch import Tensor
 
 from headwater.attribution import Engine, Recipe
 from headwater.attribution.layers import Slot
 from headwater.attribution.projection import KINDS, Projector, make_projector
+from headwater.benchmarks.emoji_bench import Bench, arguments, load
 
 DAMPING = 3.0  # in mean squared lengths of a row: the default of queries
 RESAMPLES = 4000

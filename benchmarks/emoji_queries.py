@@ -44,7 +44,9 @@ def main() -> None:
         "| query | right in the index | right in the top 10 | seeds agree | seconds |",
         "|---|---|---|---|---|",
     ]
-    rows, objects, object_styles = [], [], []
+    rows: list[str] = []
+    objects: list[Any] = []
+    object_styles: list[Any] = []
     for pair in args.pairs:
         asked = by_id[pair]
         for column, value, contrast, count in (

@@ -60,7 +60,8 @@ def features(
     def pulled(some: dict[str, Tensor], x: Tensor, t: Tensor, c: Tensor, v: Tensor) -> Tensor:
         arguments = (x[None], t[None])
         e = functional_call(unet, {**some, **rest}, arguments, {"encoder_hidden_states": c[None]})
-        return (e.sample[0] * v).sum()
+        value: Tensor = (e.sample[0] * v).sum()
+        return value
 
     total = torch.zeros(len(x_0), len(coordinates), device=x_0.device)
     for x_t, timestep in zip(points, timesteps, strict=True):

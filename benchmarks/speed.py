@@ -22,8 +22,7 @@ from torch import Tensor
 
 from headwater.attribution import Engine, Execution, Model, Recipe, choose_batch
 from headwater.attribution.capture import Capture
-
-from . import published_loop, sizes
+from headwater.benchmarks import published_loop, sizes
 
 GIB = 2**30
 CAPTION = "a photo of the red house"
@@ -157,7 +156,7 @@ class _Bench:
         states = [model.encode_prompts([prompt] * batch) for prompt in (CAPTION, "")]
         text, null = (s.tensors["encoder_hidden_states"].half() for s in states if s is not None)
         engine = Engine(model, RECIPES["published"], PLAIN)
-        kept = model.schedule.a[:-1].square()
+        kept = _kept(model)
         coordinates = torch.arange(2**15, device=self.device) * (engine.selection.size // 2**15)
 
         def loop(steps: int = 10) -> Tensor:
@@ -246,7 +245,7 @@ class _Bench:
         assert states is not None
         assert null is not None
         text, empty = (s.tensors["encoder_hidden_states"] for s in (states, null))
-        kept = model.schedule.a[:-1].square()
+        kept = _kept(model)
         whole = torch.arange(engine.selection.size, device=self.device)[::1331]
         exact = Engine(model, replace(recipe, projection="identity"), PLAIN)
         torch.backends.cudnn.allow_tf32 = False
@@ -314,6 +313,12 @@ class _Bench:
             ]
             lines += self.notes
         return "\n".join(lines) + "\n"
+
+
+def _kept(model: Model) -> Tensor:
+    """Alpha-bar of every training timestep."""
+    table: Any = model.schedule.scheduler.alphas_cumprod
+    return torch.as_tensor(table, device=model.device)
 
 
 def _row(m: Measured) -> str:

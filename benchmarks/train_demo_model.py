@@ -22,8 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_gate import Progress, Settings, count, gate, to_tensor, train_classifier
-from demo_training import (
+from PIL import Image
+from torch import nn
+
+from headwater.benchmarks.demo_gate import (
+    Progress,
+    Settings,
+    count,
+    gate,
+    to_tensor,
+    train_classifier,
+)
+from headwater.benchmarks.demo_training import (
     DenoisingTask,
     assemble,
     build_tokenizer,
@@ -31,9 +41,6 @@ from demo_training import (
     train_unet,
     train_vae,
 )
-from PIL import Image
-from torch import nn
-
 from headwater.demo.corpus import make_corpus
 
 

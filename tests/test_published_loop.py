@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import tiny
 import torch
 
 from headwater.attribution import Engine, Model, Recipe
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import published_loop
+from headwater.benchmarks import published_loop
 
 
 def test_features_equal_the_published_loop() -> None:
