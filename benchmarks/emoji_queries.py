@@ -14,6 +14,7 @@ import argparse
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
@@ -44,7 +45,7 @@ def main() -> None:
         "| query | right in the index | right in the top 10 | seeds agree | seconds |",
         "|---|---|---|---|---|",
     ]
-    rows: list[str] = []
+    rows: list[Any] = []
     objects: list[Any] = []
     object_styles: list[Any] = []
     for pair in args.pairs:
