@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from headwater import Asking, Concept, Index, Model, Recipe, build_index
-from headwater.attribution import METHODS, Engine
+from headwater.attribution import METHODS, Engine, Execution, choose_batch
 from headwater.index import StoredIndex
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -30,7 +30,7 @@ def test_gpu_rows_equal_cpu_rows(method: str, prediction_type: str) -> None:
     rows = {}
     for device in ("cpu", "cuda"):
         pipeline = tiny.stable_diffusion(prediction_type=prediction_type)
-        model = Model.from_pipeline(pipeline, device=device)
+        model = Model.from_pipeline(pipeline, device=device, dtype="float32")
         engine = Engine(model, recipe)
         rows[device] = engine.rows(x_0, CAPTIONS, KEYS).features.cpu()
         again = engine.rows(x_0, CAPTIONS, KEYS).features.cpu()
@@ -46,7 +46,7 @@ def test_ingest_and_query_on_gpu(tmp_path: Path, model_folder: Path, corpus: Pat
     hits = {}
     recipe = Recipe(timesteps=2, dim=256)
     for name, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
-        model = Model.from_pretrained(model_folder, device=device)
+        model = Model.from_pretrained(model_folder, device=device, dtype="float32")
         build_index(corpus, model, tmp_path / name, recipe=recipe)
         concept = Concept("a red cat", contrast="a drawing")
         result = Index(tmp_path / name).query(concept, model, asking=Asking(seeds=2), top=12)
@@ -58,11 +58,48 @@ def test_ingest_and_query_on_gpu(tmp_path: Path, model_folder: Path, corpus: Pat
     assert StoredIndex.open(tmp_path / "one").manifest.rows == 12
 
 
-def test_bfloat16_on_gpu() -> None:
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_kind_of_model(kind: str) -> None:
+    make, captions = tiny.KINDS[kind]
+    rows = {}
+    for device in ("cpu", "cuda"):
+        model = Model.from_pipeline(make(), device=device, dtype="float32")
+        shape = (2, *model.sample_shape)
+        x_0 = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        engine = Engine(model, Recipe(timesteps=2, steps=6, dim=512))
+        rows[device] = engine.rows(x_0, captions, ["a", "b"]).features.cpu()
+    difference = (rows["cpu"] - rows["cuda"]).norm(dim=1) / rows["cpu"].norm(dim=1)
+    assert difference.max() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_on_gpu(dtype: str) -> None:
     x_0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        model = Model.from_pipeline(tiny.stable_diffusion(), device="cuda", dtype=dtype)
-        engine = Engine(model, Recipe(timesteps=3, steps=12, dim=512, dtype=dtype))
+    for precision in ("float32", dtype):
+        model = Model.from_pipeline(tiny.stable_diffusion(), device="cuda", dtype=precision)
+        engine = Engine(model, Recipe(timesteps=3, steps=12, dim=512))
         rows.append(engine.rows(x_0, CAPTIONS, KEYS).features)
+        assert torch.equal(rows[-1], engine.rows(x_0, CAPTIONS, KEYS).features)
     assert torch.cosine_similarity(*rows).min() > 0.99
+
+
+def test_checkpointing_needs_less_memory() -> None:
+    model = Model.from_pipeline(tiny.stable_diffusion(width=64), device="cuda")
+    x_0 = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    peak = {}
+    for checkpointing in (False, True):
+        recipe = Recipe(timesteps=1, steps=4, dim=512)
+        engine = Engine(model, recipe, Execution(checkpointing=checkpointing))
+        torch.cuda.reset_peak_memory_stats()
+        engine.rows(x_0, ["a red cat"] * 64, [str(i) for i in range(64)])
+        peak[checkpointing] = torch.cuda.max_memory_allocated()
+    assert peak[True] < 0.8 * peak[False]
+
+
+def test_batch_size_on_a_gpu() -> None:
+    model = Model.from_pipeline(tiny.stable_diffusion(), device="cuda")
+    choice = choose_batch(Engine(model, Recipe(timesteps=2, steps=4, dim=64)), 64)
+    assert 4 <= choice.batch_size <= 64
+    assert choice.bytes_per_image > 0
+    assert choice.bytes_fixed > 0
