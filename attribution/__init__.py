@@ -10,18 +10,20 @@ trajectory.py  where gradients are taken
 recipe.py      what defines a feature space, and its identity
 execution.py   how the engine runs: what changes speed and memory alone
 engine.py      rows of a batch
+batching.py    how many images an engine takes at once
 rewards.py     query gradients
 curvature.py   K = Phi^T Phi and preconditioned queries
 
 Knows no files and no index.
 """
 
+from .batching import BatchChoice, choose_batch
 from .curvature import Curvature, Gram, dual_curvature
 from .engine import Engine, Rows
 from .errors import ModelError
 from .execution import Execution
 from .images import ImageRejected, as_seen, decode, fit
-from .model import Model
+from .model import Model, automatic_dtype, quiet_libraries
 from .objectives import METHODS, Point
 from .recipe import Recipe, differences, feature_space, feature_space_id, resolved
 from .rewards import Reward, contrast_rows, image_rows, reward_rows, slider_rows
@@ -29,6 +31,7 @@ from .trajectory import ddim_grid, generation_path, kept, seeded_noise
 
 __all__ = [
     "METHODS",
+    "BatchChoice",
     "Curvature",
     "Engine",
     "Execution",
@@ -41,6 +44,8 @@ __all__ = [
     "Reward",
     "Rows",
     "as_seen",
+    "automatic_dtype",
+    "choose_batch",
     "contrast_rows",
     "ddim_grid",
     "decode",
@@ -52,6 +57,7 @@ __all__ = [
     "generation_path",
     "image_rows",
     "kept",
+    "quiet_libraries",
     "resolved",
     "reward_rows",
     "seeded_noise",

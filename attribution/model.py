@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Model:
             raise ModelError(f"model folder {path} does not exist; check --model")
         load: Any = DiffusionPipeline.from_pretrained
         try:
-            with _quiet():
+            with quiet_libraries():
                 pipeline = load(str(path), dtype=torch.float32, low_cpu_mem_usage=False)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -103,8 +103,7 @@ class Model:
         parts = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer")}
         _check_supported(denoiser, parts["vae"], pipeline)
         where = _usable(device)
-        if dtype == "auto":
-            dtype = "bfloat16" if where.type == "cuda" else "float32"
+        dtype = automatic_dtype(where.type) if dtype == "auto" else dtype
         # Samplers other than DDIM do not say whether to clip; DDIM's own default would, and
         # latents are no pixels.
         config: Any = getattr(schedule, "config", {})
@@ -133,6 +132,18 @@ class Model:
             device=where,
             dtype=DTYPES[dtype],
         )
+
+    def to(self, device: str) -> Model:
+        """The same model on another device; its modules are moved, not copied.
+
+        Raises:
+            ModelError: a device that cannot be used here.
+        """
+        where = _usable(device)
+        for part in (self.denoiser, self.vae, self.text_encoder):
+            if part is not None:
+                nn.Module.to(part, where)
+        return replace(self, device=where)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -163,11 +174,10 @@ class Model:
         scaled: Tensor = (latents - shift) * self.vae.config.scaling_factor
         return scaled
 
-    def encode_pictures(self, pictures: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    def encode_pictures(self, pictures: np.ndarray[Any, np.dtype[np.uint8]] | Tensor) -> Tensor:
         """Pictures [B, H, W, 3] as bytes, already fitted to `image_size` -> x_0 [B, C, h, w]."""
-        return self.encode_images(
-            torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        )
+        pixels = torch.as_tensor(pictures).to(self.device)  # bytes travel, not floats
+        return self.encode_images(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0 [B, C, h, w] -> images [B, 3, H, W], about [-1, 1]; differentiable."""
@@ -241,6 +251,11 @@ class Model:
         return (x_t - s * e) / a
 
 
+def automatic_dtype(device: str) -> str:
+    """The precision that `auto` stands for on a kind of device."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
 def exact_convolutions() -> AbstractContextManager[None]:
     """Convolutions on a GPU that repeat to the bit and, in float32, do not round to TF32.
 
@@ -254,7 +269,7 @@ def exact_convolutions() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No progress bars and no advice from the loading libraries, whose settings are put back."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
