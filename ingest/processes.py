@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from threading import Thread
@@ -62,6 +62,8 @@ class Crew:
         self._members: list[_Member] = []
         self.facts: list[Any] = []  # what each setup returned beside its work
         context = get_context("spawn")
+        # Python starts it with the first process and then lets interrupts through again.
+        resource_tracker.ensure_running()
         try:
             for name, given in arguments.items():
                 pipe, theirs = context.Pipe()

@@ -411,7 +411,7 @@ def test_ctrl_c_ends_every_process_of_a_command(
     wait_until(lambda: not processes_of(parent.pid))
 
 
-def test_a_killed_command_leaves_no_process(tmp_path: Path) -> None:
+def test_processes_leave_interrupts_to_the_command_and_leave_with_it(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import time\n"
@@ -425,8 +425,11 @@ def test_a_killed_command_leaves_no_process(tmp_path: Path) -> None:
     parent = started([script], processes=3)
     assert parent.stdout is not None
     assert parent.stdout.readline() == "ready\n"
+    others = set(processes_of(parent.pid)) - {str(parent.pid)}
+    deaf = [deaf_to_interrupts(process) for process in others]
     parent.kill()
     parent.communicate(timeout=60)
+    assert all(deaf)
     wait_until(lambda: not processes_of(parent.pid))
 
 
@@ -445,6 +448,13 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def deaf_to_interrupts(process: str) -> bool:
+    status = Path("/proc", process, "status").read_text()
+    masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))
+    bit = 1 << (signal.SIGINT - 1)
+    return bool((int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)) & bit)
 
 
 def processes_of(session: int) -> list[str]:
