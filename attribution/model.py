@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Model:
             raise ModelError(f"model folder {path} does not exist; check --model")
         load: Any = DiffusionPipeline.from_pretrained
         try:
-            with _quiet(), _without_bars():
+            with quiet_libraries(), _without_bars():
                 pipeline = load(
                     str(path), dtype=torch.float32, low_cpu_mem_usage=False, **_left_out(folder)
                 )
@@ -100,8 +100,7 @@ class Model:
         family = family_of(pipeline)
         where = _usable(device)
         if dtype == "auto":
-            coarse = where.type == "cuda" and not family.float32_only
-            dtype = "bfloat16" if coarse else "float32"
+            dtype = "float32" if family.float32_only else automatic_dtype(where.type)
         if family.float32_only and dtype != "float32":
             raise ModelError(f"{family.name}: diffusers runs this denoiser in float32 only")
         schedule = make_schedule(
@@ -132,6 +131,18 @@ class Model:
             device=where,
             dtype=DTYPES[dtype],
         )
+
+    def to(self, device: str) -> Model:
+        """The same model on another device; its modules are moved, not copied.
+
+        Raises:
+            ModelError: a device that cannot be used here.
+        """
+        where = _usable(device)
+        for module in (self.denoiser, self.vae, *self.family.text_encoders.values()):
+            if module is not None:
+                nn.Module.to(module, where)
+        return replace(self, device=where, schedule=self.schedule.to(where))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -167,11 +178,10 @@ class Model:
             ]
         return (torch.cat(parts) - shift) * scale
 
-    def encode_pictures(self, pictures: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    def encode_pictures(self, pictures: np.ndarray[Any, np.dtype[np.uint8]] | Tensor) -> Tensor:
         """Pictures [B, H, W, 3] as bytes, already fitted to `image_size` -> x_0 [B, C, h, w]."""
-        return self.encode_images(
-            torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        )
+        pixels = torch.as_tensor(pictures).to(self.device)  # bytes travel, not floats
+        return self.encode_images(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0 [B, C, h, w] -> images [B, 3, H, W] float32, about [-1, 1]; differentiable."""
@@ -198,7 +208,7 @@ class Model:
         if not any(words):
             return None if self._null is None else self._null.expand(len(words))
         unique = list(dict.fromkeys(filter(None, words)))
-        with _quiet():
+        with quiet_libraries():
             parts = [
                 self.family.encode(unique[start : start + _PROMPTS], self.device)
                 for start in range(0, len(unique), _PROMPTS)
@@ -248,7 +258,7 @@ class Model:
     @cached_property
     def _null(self) -> Conditions | None:
         """One row of the empty prompt: it is asked for with every batch."""
-        with _quiet():
+        with quiet_libraries():
             return self.family.unconditional(self.device)
 
     @property
@@ -256,6 +266,11 @@ class Model:
         """Scale and shift of x_0 = (latent - shift) * scale."""
         config = self.vae.config
         return config.scaling_factor, config.get("shift_factor") or 0.0
+
+
+def automatic_dtype(device: str) -> str:
+    """The precision that `auto` stands for on a kind of device."""
+    return "bfloat16" if device == "cuda" else "float32"
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -314,7 +329,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No advice from the libraries, such as that a caption was cut."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]

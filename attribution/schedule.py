@@ -8,7 +8,7 @@ of 2^-24, which loses nothing against float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def time(self, t: Tensor) -> Tensor:
         """What the denoiser is told at levels t [B]: the scheduler's own timesteps [B]."""
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """The same for a model on another device."""
+        return self
 
     @property
     def clip(self) -> float | None:
@@ -96,6 +100,10 @@ class DiffusionSchedule(NoiseSchedule):
     def time(self, t: Tensor) -> Tensor:
         """Training timesteps [B] int64."""
         return t
+
+    def to(self, device: torch.device) -> DiffusionSchedule:
+        """The same with its tables on another device."""
+        return replace(self, a=self.a.to(device), s=self.s.to(device))
 
     def _spaced(self, steps: int) -> list[int]:
         self.scheduler.set_timesteps(steps)

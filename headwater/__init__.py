@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attribution import Model, ModelError, Recipe, Reward
     from .index import IndexStoreError
-    from .ingest import ColumnNames, IngestSummary, SourceError, build_index
+    from .ingest import (
+        ColumnNames,
+        DeviceError,
+        Estimate,
+        IngestSummary,
+        Progress,
+        SourceError,
+        build_index,
+        estimate,
+    )
     from .queries import Asking, Concept, Hit, Index, QueryError, Result, Section, write_report
 
 # Torch takes seconds to import: a name is loaded when it is first used.
@@ -27,9 +36,13 @@ _HOME = {
     "Reward": "attribution",
     "IndexStoreError": "index",
     "ColumnNames": "ingest",
+    "DeviceError": "ingest",
+    "Estimate": "ingest",
     "IngestSummary": "ingest",
+    "Progress": "ingest",
     "SourceError": "ingest",
     "build_index": "ingest",
+    "estimate": "ingest",
     "Asking": "queries",
     "Concept": "queries",
     "Hit": "queries",
@@ -44,12 +57,15 @@ __all__ = [
     "Asking",
     "ColumnNames",
     "Concept",
+    "DeviceError",
+    "Estimate",
     "Hit",
     "Index",
     "IndexStoreError",
     "IngestSummary",
     "Model",
     "ModelError",
+    "Progress",
     "QueryError",
     "Recipe",
     "Result",
@@ -57,6 +73,7 @@ __all__ = [
     "Section",
     "SourceError",
     "build_index",
+    "estimate",
     "write_report",
 ]
 

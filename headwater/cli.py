@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from .bar import amount, duration, ingest_bar
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+OUTLIERS_SHOWN = 5
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.", show_default=False)]
 ModelPath = Annotated[
@@ -38,11 +41,11 @@ Where = Annotated[str | None, typer.Option(help="DuckDB condition over the item 
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one line and exit code 2."""
-    from headwater import IndexStoreError, ModelError, QueryError, SourceError
+    from headwater import DeviceError, IndexStoreError, ModelError, QueryError, SourceError
 
     try:
         app()
-    except (IndexStoreError, ModelError, QueryError, SourceError) as error:
+    except (DeviceError, IndexStoreError, ModelError, QueryError, SourceError) as error:
         err.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}")
         sys.exit(2)
     except OSError as error:
@@ -64,9 +67,32 @@ def ingest(
     trajectory: Annotated[str, typer.Option(help="auto, noise or inversion.")] = "auto",
     noise: Annotated[str, typer.Option(help="image: each its own; shared: one for all.")] = "image",
     seed: Annotated[int, typer.Option(help="Of noise and projection.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
     lora: Lora = None,
-    device: Device = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images per forward pass; unset: by the device's memory."),
+    ] = None,
+    devices: Annotated[
+        str,
+        typer.Option("--devices", "--device", help="auto, all, cpu, cuda:1, cuda:0,cuda:1, ..."),
+    ] = "auto",
+    deterministic: Annotated[
+        bool, typer.Option(help="The same rows to the bit at every run, at some cost in speed.")
+    ] = True,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Fuse the denoiser; unset: if it pays.",
+            show_default=False,
+        ),
+    ] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Less memory, about a third more time.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time a few batches, print time and space, end.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="At most so many items.")] = None,
     where: Annotated[str | None, typer.Option(help="DuckDB condition over the columns.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of image bytes or path.")] = None,
@@ -78,7 +104,9 @@ def ingest(
     quiet: Quiet = False,
 ) -> None:
     """Compute one gradient row for every training image and store them as an index."""
-    from headwater import ColumnNames, Model, Recipe, build_index
+    from headwater import ColumnNames, Model, Recipe, build_index, estimate
+    from headwater.attribution import automatic_dtype
+    from headwater.ingest import devices_named, kind_of
 
     given: dict[str, Any] = {"dim": dim, "timesteps": timesteps}
     recipe = Recipe(
@@ -90,27 +118,38 @@ def ingest(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    names = ColumnNames(
-        image=image_column,
-        caption=caption_column,
-        id=id_column,
-        licence=licence_column,
-        rights_holder=rights_holder_column,
-        source=source_column,
-    )
-    loaded = Model.from_pretrained(model, lora=lora, device=device, dtype=dtype)
-    with ingest_bar("ingest", quiet) as progress:
-        summary = build_index(
-            source,
-            loaded,
-            index,
-            recipe=recipe,
-            columns=names,
-            where=where,
-            limit=limit,
-            batch_size=batch_size,
-            progress=progress,
-        )
+    names = devices_named(devices)
+    if names is None:
+        loaded = Model.from_pretrained(model, lora=lora, device=devices, dtype=dtype)
+    else:
+        # The devices' own processes hold their copies; this one would only take their memory.
+        dtype = automatic_dtype(kind_of(names[0])) if dtype == "auto" else dtype
+        loaded = Model.from_pretrained(model, lora=lora, device="cpu", dtype=dtype)
+    job: dict[str, Any] = {
+        "recipe": recipe,
+        "columns": ColumnNames(
+            image=image_column,
+            caption=caption_column,
+            id=id_column,
+            licence=licence_column,
+            rights_holder=rights_holder_column,
+            source=source_column,
+        ),
+        "where": where,
+        "limit": limit,
+        "batch_size": batch_size,
+        "devices": names,
+        "deterministic": deterministic,
+        "compile": compile,
+        "low_memory": low_memory,
+    }
+    if dry_run:
+        with spinner("timing a few batches", quiet):
+            expected = estimate(source, loaded, **job)
+        print_estimate(expected)
+        return
+    with ingest_bar(err, quiet) as progress:
+        summary = build_index(source, loaded, index, progress=progress, **job)
     print_summary(summary)
 
 
@@ -163,7 +202,7 @@ def query(
 @app.command()
 def inspect(index: Folder) -> None:
     """Print what an index holds: counts, columns, recipe, feature space, quarantine."""
-    from headwater.index import Catalog, StoredIndex
+    from headwater.index import Catalog, StoredIndex, norm_outliers
 
     stored = StoredIndex.open(index)
     manifest, summary = stored.manifest, Catalog(stored.items()).summary()
@@ -173,6 +212,10 @@ def inspect(index: Folder) -> None:
     table.add_row("quarantined", f"{summary.quarantined:,}")
     for reason, count in summary.reasons.items():
         table.add_row("", escape(f"{count:,} x {reason}"))
+    outliers = norm_outliers(stored.items())
+    table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
+    for line in outlier_lines(outliers):
+        table.add_row("", escape(line))
     table.add_row("row", f"{manifest.dim:,} x float16")
     table.add_row("shards", f"{len(manifest.shards):,}")
     table.add_row("feature space", manifest.feature_space_id)
@@ -194,38 +237,13 @@ def demo(
     """Render a corpus, ingest it with the shipped model, and ask where two concepts came from."""
     from headwater.demo.run import run_demo
 
-    with ingest_bar("ingest", quiet) as progress:
+    with ingest_bar(err, quiet) as progress:
         report = run_demo(folder, progress=progress)
     print_summary(report.summary)
     for section in report.sections:
         out.print(f"\n[bold]{escape(section.title)}[/]")
         print_result(section.result)
     out.print(escape(f"\nreport: {report.html}\nresult: {report.json}"))
-
-
-@contextmanager
-def ingest_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int, int], None] | None]:
-    """A progress bar on the error stream, fed by the ingest job."""
-    if quiet:
-        yield None
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[quarantined]} quarantined"),
-        console=err,
-    ) as bar:
-        task = bar.add_task(label, total=None, rate="", quarantined=0)
-
-        def advance(done: int, total: int, quarantined: int) -> None:
-            elapsed = bar.tasks[0].elapsed or 0.0
-            rate = f"{done / elapsed:.1f} img/s" if elapsed else ""
-            bar.update(task, completed=done, total=total, rate=rate, quarantined=quarantined)
-
-        yield advance
 
 
 @contextmanager
@@ -239,11 +257,44 @@ def spinner(label: str, quiet: bool) -> Iterator[None]:
 
 
 def print_summary(summary: Any) -> None:
-    """How many items went where."""
+    """How many items went where, and which stand out."""
     lost = sum(summary.quarantined.values())
     out.print(escape(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
-    for reason, count in summary.quarantined.items():
+    print_reasons(summary.quarantined)
+    if summary.outliers:
+        count = len(summary.outliers)
+        out.print(f"{count:,} rows with an unusual gradient norm, kept and searchable:")
+        for line in outlier_lines(summary.outliers):
+            out.print(escape(f"  {line}"))
+
+
+def print_reasons(quarantined: dict[str, int]) -> None:
+    """Why items went into quarantine."""
+    for reason, count in quarantined.items():
         out.print(escape(f"  {count:,} x {reason}"))
+
+
+def outlier_lines(outliers: Sequence[Any]) -> Iterator[str]:
+    """One line for each of the items that stand out most."""
+    for outlier in outliers[:OUTLIERS_SHOWN]:
+        yield f"{outlier.item_id}: norm {outlier.gradient_norm:.3g}, z {outlier.z:+.1f}"
+
+
+def print_estimate(expected: Any) -> None:
+    """What the ingest would take."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("items", f"{expected.items:,}")
+    table.add_row("rate", f"{expected.images_per_second:.1f} img/s")
+    table.add_row("time", f"{duration(expected.seconds)}, then the curvature")
+    table.add_row("memory", f"{amount(expected.peak_memory)} on each device")
+    table.add_row("disk", amount(expected.disk_bytes))
+    table.add_row("batch size", str(expected.batch_size))
+    table.add_row(
+        "quarantined", f"{sum(expected.quarantined.values()):,} of {expected.sampled:,} sampled"
+    )
+    out.print(table)
+    print_reasons(expected.quarantined)
+    out.print("nothing was written")
 
 
 def print_result(result: Any) -> None:

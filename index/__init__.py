@@ -4,6 +4,7 @@ manifest   what an index holds and with which recipe it was made (`manifest.json
 writer     a new index, shard by shard: items, features, previews, curvature
 reader     a finished index: items, streamed rows, curvature, previews
 catalog    `--where` expressions over item columns, run in a locked DuckDB
+outliers   items whose gradient norm stands apart
 search     exact maximum inner product over streamed rows (FAISS)
 ledger     who did what and when, each line hashing the one before
 rows       a feature row as stored: a unit vector in half precision and its length
@@ -16,21 +17,25 @@ from __future__ import annotations
 from .catalog import Catalog, Summary, filter_positions
 from .errors import IndexStoreError
 from .manifest import Manifest, Shard, read_manifest, write_manifest
+from .outliers import Outlier, norm_outliers
 from .reader import StoredIndex
 from .search import scores, search
-from .writer import IndexWriter
+from .writer import IndexWriter, stored_size
 
 __all__ = [
     "Catalog",
     "IndexStoreError",
     "IndexWriter",
     "Manifest",
+    "Outlier",
     "Shard",
     "StoredIndex",
     "Summary",
     "filter_positions",
+    "norm_outliers",
     "read_manifest",
     "scores",
     "search",
+    "stored_size",
     "write_manifest",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -143,13 +144,18 @@ class IndexWriter:
             )
         self._commit(replace(self._manifest, files=files))
 
-    def finish(self) -> None:
-        """Mark the index complete: from now on it can be opened for reading."""
+    def finish(self, details: Mapping[str, Any] | None = None) -> None:
+        """Mark the index complete: from now on it can be opened for reading.
+
+        `details` (JSON) is noted in the ledger beside the counts: how the ingest was run, which
+        says nothing about what the rows are and so stands in no other file.
+        """
         self._commit(replace(self._manifest, complete=True))
         ledger.append(
             self._folder,
             "ingest",
             {
+                **(details or {}),
                 "feature_space_id": self._manifest.feature_space_id,
                 "rows": self._manifest.rows,
                 "quarantined": self._manifest.quarantined,
@@ -237,6 +243,13 @@ def _check_new_folder(folder: Path) -> None:
         raise IndexStoreError(
             f"{folder} exists, is not empty and is no index; choose a new or empty folder as --out"
         )
+
+
+def stored_size(table: pa.Table) -> int:
+    """Return the bytes that a table of items or previews takes on disk."""
+    file = io.BytesIO()
+    _save_table(table, file)
+    return file.getbuffer().nbytes
 
 
 def _save_table(table: pa.Table, file: BinaryIO) -> None:

@@ -1,29 +1,45 @@
 """A corpus -> rows in an index.
 
-sources   a corpus as a stream of items, selected by SQL
-listing   what lies at a path: Parquet, image folders, their metadata
-columns   which column is the image, the caption, the licence
-images    fingerprints and previews
-job       the ingest itself: source + model -> index
-errors    `SourceError`, for what a user can mend
+sources    a corpus as a stream of items, selected by SQL
+listing    what lies at a path: Parquet, image folders, their metadata
+columns    which column is the image, the caption, the licence
+images     fingerprints and previews
+prepare    items decoded and fitted, a few batches ahead of the device
+devices    where rows are computed: here, or in a process for each device
+processes  processes that work through tasks, answers in order
+tables     item columns and previews of a shard; quarantine
+job        the ingest itself: source + model -> index
+estimate   what an ingest would take, from a few batches
+progress   how far an ingest has come
+errors     `SourceError` and `DeviceError`, for what a user can mend
 """
 
 from __future__ import annotations
 
 from .columns import ColumnNames
-from .errors import SourceError
+from .devices import devices_named, kind_of
+from .errors import DeviceError, SourceError
+from .estimate import Estimate, estimate
 from .images import fingerprints, thumbnail
 from .job import IngestSummary, build_index
+from .progress import Progress, ProgressCallback
 from .sources import Source, SourceItem, open_source
 
 __all__ = [
     "ColumnNames",
+    "DeviceError",
+    "Estimate",
     "IngestSummary",
+    "Progress",
+    "ProgressCallback",
     "Source",
     "SourceError",
     "SourceItem",
     "build_index",
+    "devices_named",
+    "estimate",
     "fingerprints",
+    "kind_of",
     "open_source",
     "thumbnail",
 ]

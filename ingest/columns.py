@@ -23,7 +23,8 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
 RESERVED = frozenset(
     {
         *("item_id", "sha256", "phash", "uri", "caption", "licence", "rights_holder", "source"),
-        *("status", "error", "row_norm", "row_weight", "width", "height", "rank", "score"),
+        *("status", "error", "row_norm", "row_weight", "gradient_norm", "width", "height"),
+        *("rank", "score"),
     }
 )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import islice
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,26 @@ import torch
 
 from headwater.attribution import (
     Engine,
+    Execution,
     Gram,
-    ImageRejected,
     Model,
     Recipe,
-    decode,
     dual_curvature,
     feature_space,
     feature_space_id,
-    fit,
 )
-from headwater.index import IndexWriter
+from headwater.index import IndexWriter, Outlier, norm_outliers
 
 from .columns import ColumnNames
+from .devices import BatchRows, Devices, Pictures, kind_of, open_devices
 from .errors import SourceError
-from .images import fingerprints, thumbnail
-from .sources import Source, SourceItem, open_source
+from .prepare import SHARD_ITEMS, PreparedBatch, prepared_batches
+from .progress import Progress, ProgressCallback
+from .sources import Source, open_source
+from .tables import items_table, joined, previews_table
 
-SHARD_ITEMS = 2048  # items a shard holds: about 16 MB of rows at 4096 dimensions
+# Compiling takes minutes; fewer images than these would not win them back.
+COMPILE_FROM = 5000
 
 
 @dataclass(frozen=True)
@@ -46,28 +49,7 @@ class IngestSummary:
     items: int
     rows: int
     quarantined: dict[str, int]  # reason -> items, most frequent first
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An item on its way: either pixels to compute a row from, or the reason why not."""
-
-    columns: dict[str, Any]
-    pixels: npt.NDArray[np.uint8] | None  # [H, W, 3]
-    preview: bytes | None
-
-
-_BEFORE_EXTRA = [
-    *(pa.field(name, pa.string()) for name in ("item_id", "sha256", "phash", "uri", "caption")),
-    *(pa.field(name, pa.string()) for name in ("licence", "rights_holder", "source")),
-    *(pa.field(name, pa.int32()) for name in ("width", "height")),
-]
-_AFTER_EXTRA = [
-    *(pa.field(name, pa.string()) for name in ("status", "error")),
-    pa.field("row_weight", pa.float32()),
-]
-
-Progress = Callable[[int, int, int], None]  # (items done, items in all, of them quarantined)
+    outliers: tuple[Outlier, ...]  # unusual gradient norms, furthest first; they stay searchable
 
 
 def build_index(
@@ -79,8 +61,12 @@ def build_index(
     columns: ColumnNames | None = None,
     where: str | None = None,
     limit: int | None = None,
-    batch_size: int = 16,
-    progress: Progress | None = None,
+    batch_size: int | None = None,
+    devices: Sequence[str] | None = None,
+    deterministic: bool = True,
+    compile: bool | None = None,
+    low_memory: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> IngestSummary:
     """Compute one row for every image of `source` and write them as an index to `out`.
 
@@ -92,31 +78,36 @@ def build_index(
         columns: which source columns hold what, where convention does not find them.
         where: DuckDB expression over the source's own columns; only matching items are read.
         limit: at most so many items.
-        batch_size: images per forward pass; changes speed and memory, not results.
+        batch_size: images per forward pass; changes speed and memory, not results. None: what
+            suits the memory of the device.
+        devices: torch devices, `["cuda:0", "cuda:1"]` for instance: a process for each, with its
+            own copy of the model, and the same rows as from one. A script that gives them needs
+            `if __name__ == "__main__":`. None: this process, where the model is.
+        deterministic: the same rows to the bit at every run with the same batch size.
+        compile: fuse the denoiser's blocks; None: on a GPU from COMPILE_FROM images on.
+        low_memory: recompute activations in the backward pass.
         progress: called after every batch.
 
     Raises:
         SourceError: nothing to read, or nothing usable in it. `out` is then not left behind.
         ModelError, IndexStoreError: the recipe or the output folder cannot be used.
+        DeviceError: a device cannot go on.
     """
-    if batch_size < 1:
-        raise SourceError(f"--batch-size {batch_size} is not positive")
-    recipe, out = recipe or Recipe(), Path(out)
-    items = open_source(
-        source,
-        columns=columns or ColumnNames(),
-        where=where,
-        limit=limit,
-        captions_required=model.conditional,
-    )
-    engine = Engine(model, recipe)
+    items, engine, execution = opened(
+        source, model, recipe, columns, where, limit, batch_size, devices,
+        deterministic=deterministic, compile=compile, low_memory=low_memory,
+    )  # fmt: skip
+    out = Path(out)
     space = feature_space(engine.recipe, model.fingerprint)
     existed = out.exists()
     writer = IndexWriter.create(
         out, feature_space_id=feature_space_id(space), recipe=space, dim=engine.projector.dim
     )
     try:
-        quarantined = _write_items(items, engine, writer, batch_size, progress)
+        with open_devices(engine, execution, devices, choose=batch_size is None) as ready:
+            batch_size = batch_size or ready.batch_size()
+            shards = _Shards(writer, items, engine.projector.dim)
+            quarantined = _write_items(items, ready, shards, batch_size, progress)
         manifest = writer.manifest
         if manifest.rows == manifest.quarantined:
             reason, count = quarantined.most_common(1)[0]
@@ -124,7 +115,14 @@ def build_index(
                 f"no usable image in {items.label}: {manifest.rows} items, "
                 f"of which {count} with: {reason}; check the image column and the files"
             )
-        writer.finish()
+        shards.write_curvature()
+        writer.finish(
+            {
+                "batch_size": batch_size,
+                "devices": list(devices or [str(model.device)]),
+                "execution": asdict(execution),
+            }
+        )
     except BaseException:
         # An unfinished index cannot be opened; leaving it would only block the next attempt.
         # A folder that was there before stays (it may be a link or a mount point), emptied.
@@ -140,138 +138,151 @@ def build_index(
         manifest.rows,
         manifest.rows - manifest.quarantined,
         dict(quarantined.most_common()),
+        tuple(shards.outliers()),
     )
+
+
+def opened(
+    source: str | Path,
+    model: Model,
+    recipe: Recipe | None,
+    columns: ColumnNames | None,
+    where: str | None,
+    limit: int | None,
+    batch_size: int | None,
+    devices: Sequence[str] | None,
+    *,
+    deterministic: bool,
+    compile: bool | None,
+    low_memory: bool,
+) -> tuple[Source, Engine, Execution]:
+    """The source, the engine of this process and how rows are to be computed."""
+    if batch_size is not None and batch_size < 1:
+        raise SourceError(f"--batch-size {batch_size} is not positive")
+    items = open_source(
+        source,
+        columns=columns or ColumnNames(),
+        where=where,
+        limit=limit,
+        captions_required=model.conditional,
+    )
+    if compile is None:
+        # By all images, not those of one device: two devices must compute what one does.
+        kind = kind_of(devices[0]) if devices else model.device.type
+        compile = kind == "cuda" and len(items) >= COMPILE_FROM
+    execution = Execution(compile=compile, checkpointing=low_memory, deterministic=deterministic)
+    # Where others compute, this process's engine is never run: nothing to compile.
+    engine = Engine(model, recipe or Recipe(), execution if devices is None else None)
+    return items, engine, execution
+
+
+def computed(
+    batches: Iterator[PreparedBatch], devices: Devices
+) -> Iterator[tuple[PreparedBatch, BatchRows]]:
+    """Every batch with its rows, in order; the devices take the next ones meanwhile."""
+    conditional = devices.engine.model.conditional
+    under_way: deque[PreparedBatch] = deque()
+
+    def pictures() -> Iterator[Pictures]:
+        for batch in batches:
+            under_way.append(batch)
+            chosen = [batch.columns[position] for position in batch.usable]
+            captions = [columns["caption"] if conditional else "" for columns in chosen]
+            yield Pictures(batch.pixels, captions, [columns["item_id"] for columns in chosen])
+
+    for found in devices.rows(pictures()):
+        yield under_way.popleft(), found
 
 
 def _write_items(
-    items: Source, engine: Engine, writer: IndexWriter, batch_size: int, progress: Progress | None
+    items: Source,
+    devices: Devices,
+    shards: _Shards,
+    batch_size: int,
+    progress: ProgressCallback | None,
 ) -> Counter[str]:
-    """Write every shard and the curvature; the reasons of quarantine, counted."""
+    """Write every shard; the reasons of quarantine, counted."""
     quarantined: Counter[str] = Counter()
-    dim = engine.projector.dim
-    # With fewer rows than dimensions the N x N form is smaller, and the rows fit in memory.
-    gram = Gram(dim) if len(items) >= dim else None
-    effective: list[npt.NDArray[np.float32]] = []
-    done, stream = 0, iter(items)
-    while True:
-        rows: list[npt.NDArray[np.float32]] = []
-        finished: list[_Prepared] = []
-        while batch := list(islice(stream, min(batch_size, SHARD_ITEMS - len(finished)))):
-            prepared = [_prepare(item, engine.model) for item in batch]
-            features, prepared = _compute(engine, prepared)
-            rows.append(features)
-            finished += prepared
-            quarantined.update(p.columns["error"] for p in prepared if p.columns["error"])
-            done += len(batch)
+    done = bytes_read = 0
+    started = time.monotonic()
+    with (
+        # While one shard is written, the next one is computed; two are in memory at most.
+        ThreadPoolExecutor(1) as writing,
+        prepared_batches(
+            items,
+            devices.engine.model.image_size,
+            batch_size,
+            refuses=devices.engine.model.refuses,
+            processes=devices.image_processes,
+        ) as batches,
+    ):
+        written: Future[None] | None = None
+        pending = _Pending()
+        for batch, found in computed(batches, devices):
+            pending.add(batch, found)
+            reasons = (columns["error"] for columns in pending.columns[-len(batch.columns) :])
+            quarantined.update(reason for reason in reasons if reason)
+            done += len(batch.columns)
+            bytes_read += batch.bytes_read
+            if len(pending.columns) == SHARD_ITEMS:
+                if written is not None:
+                    written.result()
+                written = writing.submit(shards.write, pending)
+                pending = _Pending()
             if progress is not None:
-                progress(done, len(items), quarantined.total())
-        if not finished:
-            break
-        stored = writer.add_shard(
-            _items_table(finished, items.extra_schema),
-            np.concatenate(rows),
-            _previews_table(finished),
-        )
-        usable = stored[[p.columns["status"] == "ok" for p in finished]]
-        if gram is None:
-            effective.append(usable)
-        else:
-            gram.add(torch.from_numpy(usable))
-    if gram is not None and gram.rows:
-        writer.write_curvature({"gram": gram.matrix.numpy()} | gram.curvature().arrays())
-    elif any(map(len, effective)):
-        curvature = dual_curvature(torch.from_numpy(np.concatenate(effective)))
-        writer.write_curvature(curvature.arrays())
+                elapsed = time.monotonic() - started
+                progress(Progress(done, len(items), quarantined.total(), bytes_read, elapsed))
+        if written is not None:
+            written.result()
+        if pending.columns:
+            shards.write(pending)
     return quarantined
 
 
-def _prepare(item: SourceItem, model: Model) -> _Prepared:
-    """Decode an item, or put down why it cannot be used."""
-    columns: dict[str, Any] = {
-        "item_id": item.item_id,
-        "sha256": None,
-        "phash": None,
-        "uri": item.uri,
-        "caption": item.caption,
-        "licence": item.licence,
-        "rights_holder": item.rights_holder,
-        "source": item.source,
-        "width": None,
-        "height": None,
-        **item.extra,
-        "status": "ok",
-        "error": None,
-    }
-    error = item.error or model.refuses(item.caption)
-    if error is None and item.data is not None:
-        try:
-            image = decode(item.data)
-        except ImageRejected as rejected:
-            error = str(rejected)
+class _Pending:
+    """The batches of a shard that is not written yet."""
+
+    def __init__(self) -> None:
+        self.columns: list[dict[str, Any]] = []
+        self.previews: list[bytes | None] = []
+        self.rows: list[npt.NDArray[np.float32]] = []
+
+    def add(self, batch: PreparedBatch, found: BatchRows) -> None:
+        rows, columns = joined(batch, found)
+        self.rows.append(rows)
+        self.columns += columns
+        self.previews += batch.previews
+
+
+class _Shards:
+    """Writes shards, and keeps of them what belongs to the whole index."""
+
+    def __init__(self, writer: IndexWriter, items: Source, dim: int) -> None:
+        self._writer = writer
+        self._extra = items.extra_schema
+        # With fewer rows than dimensions the N x N form is smaller, and the rows fit in memory.
+        self._gram = Gram(dim) if len(items) >= dim else None
+        self._effective: list[npt.NDArray[np.float32]] = []
+        self._norms: list[pa.Table] = []
+
+    def write(self, pending: _Pending) -> None:
+        table = items_table(pending.columns, self._extra)
+        previews = previews_table(pending.columns, pending.previews)
+        stored = self._writer.add_shard(table, np.concatenate(pending.rows), previews)
+        usable = stored[[columns["status"] == "ok" for columns in pending.columns]]
+        if self._gram is None:
+            self._effective.append(usable)
         else:
-            columns["sha256"], columns["phash"] = fingerprints(item.data, image)
-            columns["width"], columns["height"] = image.size
-            return _Prepared(columns, fit(image, model.image_size), thumbnail(image))
-    columns |= {"status": "quarantined", "error": error or "no image data"}
-    return _Prepared(columns, None, None)
+            self._gram.add(torch.from_numpy(usable))
+        self._norms.append(table.select(["item_id", "status", "gradient_norm"]))
 
-
-def _compute(
-    engine: Engine, batch: list[_Prepared]
-) -> tuple[npt.NDArray[np.float32], list[_Prepared]]:
-    """Rows [n, dim] of a batch; what has no finite, non-zero row is quarantined with the reason."""
-    rows = np.zeros((len(batch), engine.projector.dim), np.float32)
-    usable = [i for i, prepared in enumerate(batch) if prepared.pixels is not None]
-    if not usable:
-        return rows, batch
-    images = [image for prepared in batch if (image := prepared.pixels) is not None]
-    x_0 = engine.model.encode_pictures(np.stack(images))
-    captions = [batch[i].columns["caption"] for i in usable]
-    keys = [batch[i].columns["item_id"] for i in usable]
-    found = engine.rows(x_0, captions if engine.model.conditional else [""] * len(keys), keys)
-    features, weights = found.features.cpu().numpy(), found.weights.cpu().numpy()
-    batch = list(batch)
-    for place, i in enumerate(usable):
-        reason = _unusable(features[place], float(weights[place]))
-        columns = batch[i].columns | {"row_weight": float(weights[place])}
-        if reason:
-            columns |= {"status": "quarantined", "error": reason, "row_weight": 1.0}
+    def write_curvature(self) -> None:
+        if self._gram is not None:
+            arrays = {"gram": self._gram.matrix.numpy()} | self._gram.curvature().arrays()
         else:
-            rows[i] = features[place]
-        batch[i] = replace(batch[i], columns=columns, pixels=None)
-    return rows, batch
+            rows = torch.from_numpy(np.concatenate(self._effective))
+            arrays = dual_curvature(rows).arrays()
+        self._writer.write_curvature(arrays)
 
-
-def _unusable(row: npt.NDArray[np.float32], weight: float) -> str | None:
-    if not np.isfinite(row).all() or not np.isfinite(weight):
-        return "gradient is not finite (NaN or infinity)"
-    if not row.any():
-        return "gradient is zero (with cfg: an item without caption)"
-    return None
-
-
-def _items_table(batch: list[_Prepared], extra: pa.Schema) -> pa.Table:
-    """The items of a shard, user columns in the types that the source gave them."""
-    schema = pa.schema([*_BEFORE_EXTRA, *extra, *_AFTER_EXTRA])
-    rows = [{"row_weight": 1.0, **prepared.columns} for prepared in batch]
-    arrays = []
-    for field in schema:
-        try:
-            arrays.append(pa.array([row[field.name] for row in rows], field.type))
-        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise SourceError(
-                f"column {field.name!r} ({field.type}) cannot be carried along: {reason}; "
-                "leave it out of the source or store it as text"
-            ) from error
-    return pa.table(arrays, schema=schema)
-
-
-def _previews_table(batch: list[_Prepared]) -> pa.Table:
-    shown = [(p.columns["item_id"], p.preview) for p in batch if p.preview is not None]
-    return pa.table(
-        {
-            "item_id": pa.array([name for name, _ in shown], pa.string()),
-            "image": pa.array([image for _, image in shown], pa.binary()),
-        }
-    )
+    def outliers(self) -> list[Outlier]:
+        return norm_outliers(pa.concat_tables(self._norms))

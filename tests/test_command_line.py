@@ -16,7 +16,17 @@ import torch
 from conftest import Command, corpus_table, png
 from PIL import Image
 
-from headwater import Asking, Concept, Index, Model, QueryError, Recipe, Reward, build_index
+from headwater import (
+    Asking,
+    Concept,
+    Index,
+    Model,
+    Progress,
+    QueryError,
+    Recipe,
+    Reward,
+    build_index,
+)
 from headwater.attribution import Engine, contrast_rows, ddim_grid, generation_path, seeded_noise
 from headwater.index import StoredIndex
 
@@ -468,8 +478,8 @@ def test_user_columns_keep_their_names_types_and_values(
 def test_interrupted_ingest_leaves_no_index(
     tmp_path: Path, corpus: Path, model_folder: Path
 ) -> None:
-    def stop(done: int, total: int, quarantined: int) -> None:
-        if done >= 4:
+    def stop(progress: Progress) -> None:
+        if progress.done >= 4:
             raise KeyboardInterrupt
 
     model = Model.from_pretrained(model_folder, device="cpu")

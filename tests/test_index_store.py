@@ -18,6 +18,7 @@ from headwater.index import (
     IndexWriter,
     StoredIndex,
     read_manifest,
+    stored_size,
 )
 
 DIM = 24
@@ -332,6 +333,27 @@ def test_each_ledger_line_hashes_the_one_before(tmp_path: Path) -> None:
         stated = entry.pop("hash")
         text = json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         assert hashlib.sha256(text.encode()).hexdigest() == stated
+
+
+def test_how_an_ingest_was_run_stands_in_the_ledger_alone(tmp_path: Path) -> None:
+    for name, details in (("a", {"devices": ["cuda:0"]}), ("b", None)):
+        writer = new_writer(tmp_path / name)
+        writer.add_shard(make_items(["x"]), make_rows(1), make_thumbs([]))
+        writer.finish(details)
+    entry = json.loads((tmp_path / "a" / "ledger.jsonl").read_text())
+    assert entry["details"] == {
+        "devices": ["cuda:0"], "feature_space_id": "space", "rows": 1, "quarantined": 0
+    }  # fmt: skip
+    a, b = tree_bytes(tmp_path / "a"), tree_bytes(tmp_path / "b")
+    assert a.pop("ledger.jsonl") != b.pop("ledger.jsonl")
+    assert a == b
+
+
+def test_stored_size_is_that_of_the_file(tmp_path: Path) -> None:
+    writer = new_writer(tmp_path / "idx")
+    thumbs = make_thumbs([f"id{i}" for i in range(50)])
+    writer.add_shard(make_items(["x"]), make_rows(1), thumbs)
+    assert stored_size(thumbs) == (tmp_path / "idx/thumbs/part-00000.parquet").stat().st_size
 
 
 def test_a_ledger_that_cannot_be_written_is_a_warning(

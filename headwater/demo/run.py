@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from headwater.attribution import Model
 from headwater.index import IndexStoreError
-from headwater.ingest import IngestSummary, build_index
+from headwater.ingest import IngestSummary, ProgressCallback, build_index
 from headwater.queries import Concept, Index, Result, Section, write_json, write_report
 
 from .corpus import HELD_OUT, caption, object_contrast, studio_contrast, write_corpus
@@ -44,9 +43,7 @@ def ask_studio(index: Index, model: Model, object_name: str, studio: str) -> Res
     return index.query(concept, model)
 
 
-def run_demo(
-    folder: str | Path, *, progress: Callable[[int, int, int], None] | None = None
-) -> DemoReport:
+def run_demo(folder: str | Path, *, progress: ProgressCallback | None = None) -> DemoReport:
     """Run everything into `folder`; an earlier demo there is replaced.
 
     Raises:

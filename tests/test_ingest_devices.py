@@ -1,0 +1,470 @@
+"""Several devices: the rows of one, and an end without leftovers however they end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from conftest import Command, corpus_table
+
+from headwater import DeviceError, Model, Progress, Recipe, build_index
+from headwater.attribution import Engine, Execution
+from headwater.ingest import SourceError, devices, devices_named, job, prepare
+from headwater.ingest.devices import Pictures, compute_rows
+from headwater.ingest.processes import Crew
+
+SMALL = Recipe(timesteps=2, dim=128)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    assert multiprocessing.active_children() == []
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model.from_pipeline(tiny.stable_diffusion(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def broken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty items; a whole batch of four without a picture, and one broken by itself."""
+    table = corpus_table(40)
+    images = table["image"].to_pylist()
+    images[8:12] = [b""] * 4
+    images[21] = images[21][:90]
+    path = tmp_path_factory.mktemp("corpus") / "c.parquet"
+    pq.write_table(table.set_column(1, "image", pa.array(images)), path)
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "ledger.jsonl"
+    }
+
+
+def test_two_devices_write_the_bytes_of_one(
+    tmp_path: Path, model: Model, broken_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "SHARD_ITEMS", 18)
+    monkeypatch.setattr(job, "SHARD_ITEMS", 18)
+    seen: dict[str, list[Progress]] = {}
+    for name, chosen in (("one", None), ("two", ["cpu", "cpu"])):
+        seen[name] = []
+        summary = build_index(
+            broken_corpus, model, tmp_path / name, recipe=SMALL, batch_size=4, devices=chosen,
+            progress=seen[name].append,
+        )  # fmt: skip
+        assert summary.rows == 35
+    one = content(tmp_path / "one")
+    assert {f"features/part-0000{n}.npy" for n in range(3)} <= set(one)
+    assert one == content(tmp_path / "two")
+    for states in seen.values():
+        assert [s.done for s in states] == [4, 8, 12, 16, 18, 22, 26, 30, 34, 36, 40]
+        assert {s.total for s in states} == {40}
+        assert states[-1].quarantined == 5
+        sizes = [len(d or b"") for d in pq.read_table(broken_corpus)["image"].to_pylist()]
+        assert [s.bytes_read for s in states] == [sum(sizes[: s.done]) for s in states]
+        elapsed = [s.elapsed for s in states]
+        assert elapsed == sorted(elapsed)
+        assert elapsed[0] > 0
+    entry = json.loads((tmp_path / "two" / "ledger.jsonl").read_text())["details"]
+    assert entry["devices"] == ["cpu", "cpu"]
+    assert entry["batch_size"] == 4
+    assert entry["execution"] == {"compile": False, "checkpointing": False, "deterministic": True}
+    assert json.loads((tmp_path / "one" / "ledger.jsonl").read_text())["details"]["devices"] == [
+        "cpu"
+    ]
+
+
+def test_a_killed_worker_ends_the_job_by_name(tmp_path: Path, model: Model, corpus: Path) -> None:
+    def kill(_: Progress) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(DeviceError, match=r"cpu \(worker 1\): its process was ended by SIGKILL"):
+        build_index(
+            corpus, model, tmp_path / "i", recipe=SMALL, batch_size=1, devices=["cpu"],
+            progress=kill,
+        )  # fmt: skip
+    assert not (tmp_path / "i").exists()
+
+
+def test_an_interrupted_job_leaves_neither_process_nor_index(
+    tmp_path: Path, model: Model, corpus: Path
+) -> None:
+    def stop(progress: Progress) -> None:
+        assert progress.done == 12  # no batch size given: the worker chose sixteen
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(corpus, model, tmp_path / "i", recipe=SMALL, devices=["cpu"], progress=stop)
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_device_that_does_not_exist_is_named(tmp_path: Path, model: Model, corpus: Path) -> None:
+    with pytest.raises(DeviceError, match=r"foo \(worker 1\): .*--device foo cannot be") as caught:
+        build_index(corpus, model, tmp_path / "i", recipe=SMALL, devices=["foo"])
+    assert "Traceback" in "".join(caught.value.__notes__)
+    assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("chosen", [[], ["cpu", "cuda:0"]])
+def test_devices_must_be_of_one_kind(
+    tmp_path: Path, model: Model, corpus: Path, chosen: list[str]
+) -> None:
+    with pytest.raises(DeviceError, match="one kind"):
+        build_index(corpus, model, tmp_path / "i", recipe=SMALL, devices=chosen)
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_model_that_cannot_be_copied_says_so(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = Model.from_pipeline(tiny.stable_diffusion(), device="cpu")
+    monkeypatch.setattr(adapted.denoiser, "hook", lambda: None, raising=False)
+    with pytest.raises(DeviceError, match="cannot be copied for --devices"):
+        build_index(corpus, adapted, tmp_path / "i", recipe=SMALL, devices=["cpu"])
+
+
+def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices_named("auto") is None
+    assert devices_named("cpu") is None
+    assert devices_named("cuda:1") == ["cuda:1"]
+    assert devices_named("cuda:0, cuda:1") == ["cuda:0", "cuda:1"]
+    with pytest.raises(DeviceError, match="--devices all"):
+        devices_named("all")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert devices_named("auto") == ["cuda:0"]
+    assert devices_named("all") == ["cuda:0", "cuda:1", "cuda:2"]
+
+
+# ------------------------------------------------------------------------------- one device
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_rows_come_in_order_and_flush_when_nothing_waits(
+    model: Model, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """On a GPU a batch is held back until the next one is under way, or none is there."""
+    started: list[int] = []
+
+    class Started:
+        def __init__(self, _: Engine, batch: int) -> None:
+            started.append(batch)
+            self.batch = batch
+
+        def finished(self) -> tuple[int, int]:
+            return self.batch, len(started)
+
+    class Device:
+        type = kind
+
+    class Fake:
+        class model:
+            device = Device()
+
+    monkeypatch.setattr(devices, "_Started", Started)
+    found: Any = list(compute_rows(Fake(), [None, 0, 1, None, None, 2, 3]))  # type: ignore[arg-type, list-item]
+    ahead = 1 if kind == "cuda" else 0
+    assert found == [(0, 1 + ahead), (1, 2), (2, 3 + ahead), (3, 4)]
+
+
+def test_rows_of_a_batch_are_those_of_the_engine(model: Model) -> None:
+    engine = Engine(model, SMALL)
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
+    captions, keys = ["a red cat", "a dog", ""], ["a", "b", "c"]
+    empty = Pictures(pixels[:0], [], [])
+    first, none, again = compute_rows(
+        engine, [Pictures(pixels, captions, keys), empty, Pictures(pixels, captions, keys)]
+    )
+    rows = engine.rows(model.encode_pictures(pixels), captions, keys)
+    for found in (first, again):
+        assert np.array_equal(found.features, rows.features.numpy())
+        assert np.array_equal(found.norms, rows.norms.numpy())
+        assert np.array_equal(found.weights, rows.weights.numpy())
+        assert found.peak_memory > 2**24  # torch alone takes more
+    assert none.features.shape == (0, 128)
+
+
+def test_out_of_memory_names_the_device_and_the_remedy(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(Engine, "rows", full)
+    words = ("--model", model_folder, "--out", tmp_path / "i", "--batch-size", 6, "--quiet")
+    code, out, err = headwater("ingest", corpus, *words)
+    assert (code, out) == (2, "")
+    assert "cpu: out of memory with 6 images at once; lower --batch-size" in err
+    assert not (tmp_path / "i").exists()
+
+
+# ------------------------------------------------------------------------------- settings
+
+
+def execution_of(model: Model, source: Path, **settings: Any) -> Execution:
+    given = {"deterministic": True, "compile": None, "low_memory": False} | settings
+    chosen = given.pop("devices", None)
+    return job.opened(source, model, SMALL, None, None, None, None, chosen, **given)[2]
+
+
+def test_settings_reach_the_engine(model: Model, corpus: Path) -> None:
+    assert execution_of(model, corpus) == Execution(False, False, True)
+    wanted = execution_of(model, corpus, deterministic=False, compile=True, low_memory=True)
+    assert wanted == Execution(compile=True, checkpointing=True, deterministic=False)
+
+
+def test_compiling_is_automatic_for_large_corpora_on_gpus(
+    model: Model, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for least, chosen, expected in (
+        (12, ["cuda:0"], True),
+        (12, ["cuda:0", "cuda:1"], True),  # by the whole corpus: two devices do what one does
+        (13, ["cuda:0"], False),
+        (12, None, False),
+        (12, ["cpu"], False),
+    ):
+        monkeypatch.setattr(job, "COMPILE_FROM", least)
+        assert execution_of(model, corpus, devices=chosen).compile is expected
+    assert execution_of(model, corpus, devices=["cuda:0"], compile=False).compile is False
+
+
+def test_command_line_hands_the_settings_on(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    made: list[Execution] = []
+    honest = Engine.__init__
+
+    def noted(self: Engine, model: Model, recipe: Recipe, execution: Any = None) -> None:
+        made.append(execution)
+        honest(self, model, recipe)
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    words = ("ingest", corpus, "--model", model_folder, "--timesteps", 1, "--dim", 64, "--quiet")
+    flags = ("--no-deterministic", "--compile", "--low-memory")
+    assert headwater(*words, "--out", tmp_path / "a", *flags)[0] == 0
+    assert headwater(*words, "--out", tmp_path / "b")[0] == 0
+    assert made == [Execution(True, True, False), Execution(False, False, True)]
+    entries = [
+        json.loads((tmp_path / name / "ledger.jsonl").read_text())["details"] for name in "ab"
+    ]
+    assert entries[0]["execution"] == {
+        "compile": True, "checkpointing": True, "deterministic": False
+    }  # fmt: skip
+    assert entries[1]["batch_size"] == 16
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in "ab"]
+    assert manifests[0] == manifests[1]
+
+
+def test_command_line_loads_beside_the_devices_in_their_precision(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    given: list[tuple[str, torch.dtype, Any]] = []
+
+    def noted(_: object, model: Model, *__: object, **settings: Any) -> None:
+        given.append((str(model.device), model.dtype, settings["devices"]))
+        raise DeviceError("enough")
+
+    monkeypatch.setattr("headwater.ingest.build_index", noted)
+    words = ("ingest", corpus, "--model", model_folder, "--out", tmp_path / "i", "--quiet")
+    for flags in (
+        ("--devices", "cuda:0,cuda:1"),
+        ("--devices", "cuda:0", "--dtype", "float16"),
+        ("--devices", "cpu,cpu"),
+        ("--device", "cpu"),
+    ):
+        assert headwater(*words, *flags)[0] == 2
+    assert given == [
+        ("cpu", torch.bfloat16, ["cuda:0", "cuda:1"]),
+        ("cpu", torch.float16, ["cuda:0"]),
+        ("cpu", torch.float32, ["cpu", "cpu"]),
+        ("cpu", torch.float32, None),
+    ]
+
+
+# ------------------------------------------------------------------------------- processes
+
+
+def _echo(delays: list[float]) -> tuple[str, Callable[[Iterator[Any]], Iterator[Any]]]:
+    """Answers (task, process) after the task's delay; "die" and "fail" do so."""
+
+    def work(tasks: Iterator[Any]) -> Iterator[Any]:
+        for task in tasks:
+            if task is None:
+                continue
+            if task == "die":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if task == "fail":
+                raise ZeroDivisionError("by zero")
+            if task == "ours":
+                raise SourceError("this file is broken")
+            time.sleep(delays[task % len(delays)])
+            yield task, os.getpid(), bytes(300_000)  # more than a pipe holds
+
+    return "ready", work
+
+
+@pytest.fixture(scope="class")
+def crew() -> Iterator[Crew]:
+    with Crew(_echo, {"first": ([0.0, 0.2, 0.0],), "second": ([0.0, 0.2, 0.0],)}) as ready:
+        yield ready
+
+
+class TestCrew:
+    @pytest.fixture(autouse=True)
+    def no_process_is_left(self) -> None:
+        """The crew of this class stays until its last test."""
+
+    def test_answers_come_in_the_order_of_the_tasks(self, crew: Crew) -> None:
+        assert crew.facts == ["ready", "ready"]
+        for _ in range(2):  # it can be used again
+            found = list(crew.map(iter(range(20))))
+            assert [task for task, *_ in found] == list(range(20))
+            assert len({process for _, process, _ in found}) == 2
+
+    def test_tasks_are_given_out_a_few_ahead(self, crew: Crew) -> None:
+        given = []
+
+        def tasks() -> Iterator[int]:
+            for number in range(0, 300, 3):
+                given.append(number)
+                yield number
+
+        answers = crew.map(tasks())
+        for taken in range(1, 4):
+            next(answers)
+            time.sleep(0.1)
+            assert len(given) <= taken + 8
+        assert len(list(answers)) == 97
+        assert len(given) == 100
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "message"),
+    [
+        ("die", DeviceError, "^second: its process was ended by SIGTERM"),
+        ("fail", DeviceError, "^second: ZeroDivisionError: by zero"),
+        ("ours", SourceError, "^this file is broken"),
+    ],
+)
+def test_a_failing_process_is_named(task: str, kind: type[ValueError], message: str) -> None:
+    with (
+        pytest.raises(kind, match=message),
+        Crew(_echo, {"second": ([0.0],)}) as crew,
+    ):
+        for _ in crew.map(iter([0, 0, 0, task, *range(50)])):
+            pass
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import headwater as hw\n"
+        "from headwater.ingest.processes import Crew\n"
+        "from headwater.ingest.prepare import _serve\n"
+        "Crew(_serve, {'one': ((8, 8),)})\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "DeviceError: one: its process ended with exit code 1" in done.stderr
+    assert "__main__" in done.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_ends_every_process_of_a_command(
+    tmp_path: Path, corpus: Path, model_folder: Path
+) -> None:
+    """It reaches all of them: the workers leave it to the command."""
+    words = ("ingest", corpus, "--model", model_folder, "--out", tmp_path / "i")
+    command = ["-c", "from headwater.cli import main; main()", *words, "--devices", "cpu,cpu"]
+    parent = started(command, processes=4)  # two workers, and Python's resource tracker
+    time.sleep(1)  # while the workers still import
+    os.killpg(parent.pid, signal.SIGINT)
+    out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "i").exists()
+    wait_until(lambda: not processes_of(parent.pid))
+
+
+def test_processes_leave_interrupts_to_the_command_and_leave_with_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from headwater.ingest.processes import Crew\n"
+        "from headwater.ingest.prepare import _serve\n"
+        "if __name__ == '__main__':\n"
+        "    with Crew(_serve, {'one': ((8, 8),)}):\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    parent = started([script], processes=3)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    others = set(processes_of(parent.pid)) - {str(parent.pid)}
+    deaf = [deaf_to_interrupts(process) for process in others]
+    parent.kill()
+    parent.communicate(timeout=60)
+    assert all(deaf)
+    wait_until(lambda: not processes_of(parent.pid))
+
+
+def started(words: list[Any], processes: int) -> subprocess.Popen[str]:
+    """A Python command in a session of its own, once so many processes of it live."""
+    parent = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_until(lambda: len(processes_of(parent.pid)) >= processes)
+    return parent
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def deaf_to_interrupts(process: str) -> bool:
+    status = Path("/proc", process, "status").read_text()
+    masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))
+    bit = 1 << (signal.SIGINT - 1)
+    return bool((int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)) & bit)
+
+
+def processes_of(session: int) -> list[str]:
+    """The living processes of a session, by /proc."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(status.parent.name)
+    return found
