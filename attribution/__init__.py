@@ -17,6 +17,7 @@ trajectory.py  where gradients are taken
 recipe.py      what defines a feature space, and its identity
 execution.py   how the engine runs: what changes speed and memory alone
 capture.py     gradients caught in the backward pass, layer by layer
+compiled.py    the same off a denoiser that is compiled as one graph
 engine.py      rows of a batch
 batching.py    how many images at once
 rewards.py     query gradients

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from .engine import Engine
-from .execution import uncompiled
 from .trajectory import guided_output, seeded_noise
 
 CPU_BATCH = 16  # the caches are full long before
@@ -36,7 +35,7 @@ def choose_batch(engine: Engine, largest: int = LARGEST) -> BatchChoice:
     """
     cuda = engine.model.device.type == "cuda"
     size = min(4 if cuda else CPU_BATCH, largest)
-    with uncompiled():
+    with engine.uncompiled():
         best = _measure(engine, size)
         while cuda and size * 2 <= largest:
             free = torch.cuda.mem_get_info(engine.model.device)[0]

@@ -52,11 +52,7 @@ class Capture:
                     return None
                 if not self._pulling:  # a checkpointed block is called again during `pull`
                     self._calls[layer.name] = self._calls.get(layer.name, 0) + 1
-                if len(output) != self._batch:
-                    raise ModelError(
-                        f"layer {layer.name} is called with {len(output)} rows for a batch of "
-                        f"{self._batch}: it has no per-sample gradient; narrow --parameters"
-                    )
+                check_batch(layer, output, self._batch)
                 return _tap(output, self.anchor, args[0].detach(), layer, self)
 
             self._handles.append(layer.module.register_forward_hook(tap))
@@ -85,7 +81,8 @@ class Capture:
             torch.autograd.grad(e, self.anchor, cotangent, allow_unused=True)
         # A call whose output does not reach e gets no gradient, and its layer waits for it.
         for layer in self._selection.layers:
-            self._project(layer, self._parts.pop(layer.name, {}))
+            waiting = self._parts.pop(layer.name, {})
+            project(self._projector, layer, waiting, self._rows, self._square)
         return self._rows, self._square.sqrt()
 
     @torch.no_grad()
@@ -101,13 +98,26 @@ class Capture:
         if self._calls[layer.name]:
             self._parts[layer.name] = found
         else:
-            self._project(layer, found)
+            project(self._projector, layer, found, self._rows, self._square)
 
-    def _project(self, layer: Layer, found: dict[str, Tensor]) -> None:
-        for slot in layer.slots:
-            if slot.role in found:
-                flat = found[slot.role].reshape(self._batch, -1)
-                self._projector.add(self._rows, self._square, flat, slot)
+
+def project(
+    projector: Projector, layer: Layer, found: dict[str, Tensor], rows: Tensor, square: Tensor
+) -> None:
+    """Add a layer's per-sample gradients to the rows [B, dim] and their squared norms [B]."""
+    for slot in layer.slots:
+        if slot.role in found:
+            flat = found[slot.role].reshape(len(rows), -1)
+            projector.add(rows, square, flat, slot)
+
+
+def check_batch(layer: Layer, output: Tensor, batch: int) -> None:
+    """Refuse a layer that sees something else than one row per sample."""
+    if len(output) != batch:
+        raise ModelError(
+            f"layer {layer.name} is called with {len(output)} rows for a batch of {batch}: "
+            "it has no per-sample gradient; narrow --parameters"
+        )
 
 
 def _tap(*arguments: Any) -> Tensor:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .capture import Capture
+from .compiled import CompiledDenoiser, unwire
 from .conditions import Conditions
-from .execution import Execution, prepare, running, uncompiled
+from .execution import Execution, running, set_checkpointing
 from .layers import Selection, select_parameters
 from .model import Model
 from .objectives import METHODS, Cotangent, Point
 from .projection import Projector, make_projector
 from .recipe import Recipe, resolved
-from .trajectory import ddim_grid, inversion_path, kept, noise_path, seeded_noise
+from .trajectory import (
+    ddim_grid,
+    guided_output,
+    inversion_path,
+    kept,
+    noise_path,
+    seeded_noise,
+)
 
 # Relative difference of compiled and uncompiled rows that rounding explains. Torch's compiler has
 # produced wrong gradients (2.13 on a CPU: a UNet's first up block), so the first batch is checked.
@@ -45,8 +54,12 @@ class Engine:
         self.projector: Projector = make_projector(
             recipe.projection, slots=self.selection.slots, dim=recipe.dim, seed=recipe.seed
         )
-        prepare(model.denoiser, self.selection, self.execution)
-        self._compiled_size = 0  # batches of another size run uncompiled rather than compile anew
+        set_checkpointing(model.denoiser, self.execution.checkpointing)
+        unwire(model.denoiser)
+        self._graph: CompiledDenoiser | None = None
+        self._graph_batch = 0  # batches of another size run uncompiled rather than compile anew
+        if self.execution.compile:
+            self._graph = CompiledDenoiser(model.denoiser, self.selection, self.projector)
         self.grid = ddim_grid(model, recipe.steps)
         self.timesteps = kept(self.grid, recipe.timesteps)
 
@@ -58,37 +71,59 @@ class Engine:
             captions: one per image.
             keys: one per image; names its noise, so that batches can be cut anywhere.
         """
-        if self.execution.compile and not self._compiled_size:
-            self._compiled_size = len(x_0)
-            self._check_compiled(x_0, captions, keys)
-        if self.execution.compile and len(x_0) != self._compiled_size:
-            with uncompiled():
+        if self._graph is not None and not self._graph_batch:
+            self._try_graph(self._graph, x_0, captions, keys)
+        if len(x_0) != self._graph_batch:
+            with self.uncompiled():
                 return self._rows(x_0, captions, keys)
         return self._rows(x_0, captions, keys)
 
-    def _check_compiled(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> None:
-        """Go on uncompiled, with a warning, if compiled blocks give another e or gradient."""
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """The denoiser runs as it is written."""
+        graph, self._graph = self._graph, None
+        try:
+            with torch.compiler.set_stance("force_eager") if graph else nullcontext():
+                yield
+        finally:
+            self._graph = graph
+
+    def _try_graph(
+        self,
+        graph: CompiledDenoiser,
+        x_0: Tensor,
+        captions: Sequence[str],
+        keys: Sequence[str],
+    ) -> None:
+        """Go on uncompiled, with a warning, if the compiled graph gives another e or gradient."""
         states, null = self.states(captions)
         point = next(iter(self.noised(x_0.to(self.model.device), states, null, keys)))
 
         def probe() -> Tensor:
-            with torch.no_grad():
-                e = self.model.noise(point.x_t, point.t, point.states)
-            gradient = self.method_gradient(point)[0]
-            return torch.cat([e.flatten(1) / e.flatten(1).norm(dim=1, keepdim=True), gradient], 1)
+            gradient, _, e = self.method_gradient(point)
+            parts = [e.flatten(1) / e.flatten(1).norm(dim=1, keepdim=True), gradient]
+            if self.recipe.trajectory == "inversion":  # passes without gradients: another graph
+                with torch.no_grad():
+                    given = (point.x_t, point.t, states, null, self.recipe.guidance)
+                    e = guided_output(self.model, *given).flatten(1)
+                parts.append(e / e.norm(dim=1, keepdim=True))
+            return torch.cat(parts, 1)
 
-        compiled = probe()
-        with uncompiled():
+        with self.uncompiled():
+            graph.measure(lambda: self.model.output(point.x_t, point.t, states), len(x_0))
             plain = probe()
-        difference = float((compiled - plain).norm() / plain.norm())
+        self._graph_batch = len(x_0)
+        difference = float((probe() - plain).norm() / plain.norm())
         if not difference <= _COMPILED[self.recipe.dtype]:
             warnings.warn(
-                f"compiled blocks give gradients that differ by {difference:.2g} from uncompiled "
-                "ones, more than rounding explains; going on uncompiled",
+                f"the compiled model's gradients differ by {difference:.2g} from the uncompiled "
+                "one's, more than rounding explains; going on uncompiled",
                 stacklevel=3,
             )
+            unwire(self.model.denoiser)
             self.execution = replace(self.execution, compile=False)
-            prepare(self.model.denoiser, self.selection, self.execution)
+            self._graph = None
+            self._graph_batch = 0
 
     def _rows(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Rows:
         x_0 = x_0.to(self.model.device)
@@ -160,17 +195,25 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `gradient`, unscaled, with the exact norm [B] of the whole gradient."""
         point = replace(point, x_t=point.x_t.detach().requires_grad_(through_input))
-        batch, device = len(point.x_t), point.x_t.device
-        with (
-            torch.enable_grad(),
-            running(self.execution),
-            Capture(self.selection, self.projector, batch, device) as capture,
-        ):
+        with torch.enable_grad(), running(self.execution), self._capture(point) as capture:
             e = self.model.noise(point.x_t, point.t, point.states)
             v = cotangent(self.model, point, e)
             scale = _power_of_two(v)
             projected, norm = capture.pull(e, v * scale.view(-1, *[1] * (v.ndim - 1)))
         return projected / scale[:, None], norm / scale, e.detach()
+
+    @contextmanager
+    def _capture(self, point: Point) -> Iterator[Capture | CompiledDenoiser]:
+        batch = len(point.x_t)
+        if self._graph is not None and self._graph.wired and batch == self._graph_batch:
+            with self._graph.capture() as captured:
+                yield captured
+            return
+        with (
+            self.uncompiled(),
+            Capture(self.selection, self.projector, batch, point.x_t.device) as capture,
+        ):
+            yield capture
 
 
 def _power_of_two(v: Tensor) -> Tensor:

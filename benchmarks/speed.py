@@ -22,6 +22,7 @@ from torch import Tensor
 
 from headwater.attribution import Engine, Execution, Model, Recipe, choose_batch
 from headwater.attribution.capture import Capture
+from headwater.attribution.trajectory import guided_output
 from headwater.benchmarks import published_loop, sizes
 
 GIB = 2**30
@@ -89,30 +90,29 @@ class _Bench:
         self.device = device
         self.say = say
         self.measured: list[Measured] = []
+        self.forwards: dict[tuple[str, str, int], float] = {}
         self.notes: list[str] = []
 
     def model(self, name: str) -> None:
         """All lines of one model."""
         pipeline = sizes.build(name, self.device, torch.bfloat16)
         model = Model.from_pipeline(pipeline, device=str(self.device), dtype="bfloat16")
+        best = choose_batch(Engine(model, RECIPES["default"], PLAIN)).batch_size
         if name == "sd-1.4":
-            self._reference(model, 4)
-            self._reference(model, 16)
-            for mode in (m for m in MODES if m != "compiled"):
-                for recipe in RECIPES:
-                    self._engine(name, model, recipe, mode, 16)
-            for mode in (m for m in MODES if m in ("plain", "compiled")):
-                best = choose_batch(Engine(model, RECIPES["default"], PLAIN)).batch_size
-                for recipe in RECIPES:
-                    self._engine(name, model, recipe, mode, best)
-            self._parts(model, 16)
+            for batch in (4, 16):
+                self._reference(model, batch)
+            wanted = [(16, "plain"), (16, "low memory"), (best, "plain"), (best, "compiled")]
+            for batch, mode in [*wanted, (best, "deterministic")]:
+                for recipe in ("published", "default"):
+                    if mode in MODES:
+                        self._engine(name, model, recipe, mode, batch)
+            self._parts(model, best)
             self._pictures(model, 16)
             self._agreement(pipeline)
         else:
-            best = choose_batch(Engine(model, RECIPES["default"], PLAIN)).batch_size
-            self._engine(name, model, "default", "plain", best)
             if name != "flux":  # distilled: no guidance to invert with
                 self._engine(name, model, "published", "plain", max(1, best // 2))
+            self._engine(name, model, "default", "plain", best)
             self._engine(name, model, "default", "low memory", best)
         del model, pipeline
         gc.collect()
@@ -122,21 +122,16 @@ class _Bench:
         engine = Engine(model, RECIPES[recipe], MODES[mode])
         x_0 = torch.randn(batch, *model.sample_shape, device=self.device)
         captions, keys = [CAPTION] * batch, [str(i) for i in range(batch)]
-        # Compile, choose kernels and fill caches on a short recipe; then time the whole one.
-        short = replace(RECIPES[recipe], steps=2, timesteps=1)
-        Engine(model, short, MODES[mode]).rows(x_0, captions, keys)
-        if mode == "compiled":
-            engine.rows(x_0, captions, keys)
-        seconds, memory = self._timed(lambda: engine.rows(x_0, captions, keys))
-        states, _ = engine.states(captions)
-        t = torch.full((batch,), 500, device=self.device)
-
-        @torch.no_grad()
-        def forward() -> Tensor:
-            return model.noise(x_0, t, states)
-
-        forward()
-        alone = min(self._timed(forward)[0] for _ in range(5))
+        # Compile, choose kernels and fill caches on a short path; then time the whole recipe.
+        grid, timesteps = engine.grid, engine.timesteps
+        engine.grid, engine.timesteps = timesteps[:2], timesteps[:1]
+        engine.rows(x_0, captions, keys)
+        engine.grid, engine.timesteps = grid, timesteps
+        short = engine.recipe.method != "dps"
+        seconds, memory = min(
+            self._timed(lambda: engine.rows(x_0, captions, keys)) for _ in range(3 if short else 1)
+        )
+        alone = self._forward(name, engine, mode, x_0, captions)
         self._add(
             Measured(
                 name,
@@ -149,6 +144,25 @@ class _Bench:
                 equivalents(engine.recipe),
             )
         )
+
+    def _forward(
+        self, name: str, engine: Engine, mode: str, x_0: Tensor, captions: list[str]
+    ) -> float:
+        """Seconds of one forward pass of a batch: half of a guided one, as the inversion makes."""
+        key = (name, mode, len(x_0))
+        if key not in self.forwards:
+            model = engine.model
+            states, null = engine.states(captions)
+            t = torch.full((len(x_0),), engine.timesteps[0], device=self.device)
+
+            @torch.no_grad()
+            def forward() -> Tensor:
+                return guided_output(model, x_0, t, states, null, 7.5)
+
+            forward()
+            halves = 1 if null is None or "guidance" in null.tensors else 2
+            self.forwards[key] = min(self._timed(forward)[0] for _ in range(5)) / halves
+        return self.forwards[key]
 
     def _reference(self, model: Model, batch: int) -> None:
         unet = model.denoiser.half()
@@ -307,7 +321,7 @@ class _Bench:
         if self.notes:
             lines += [
                 "",
-                "| stage of the default recipe, batch 16 | ms/img | more |",
+                "| stage of the default recipe, SD-1.4, plain | ms/img | more |",
                 "|---|---|---|",
             ]
             lines += self.notes
