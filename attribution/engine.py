@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -165,7 +167,10 @@ class Engine:
         shape = (len(self.timesteps), *x_0.shape[1:])
         if self.recipe.noise == "shared":
             keys = ["shared"] * len(keys)
-        noise = torch.stack([seeded_noise(self.recipe.seed, key, shape) for key in keys])
+        with ThreadPoolExecutor() as threads:  # numpy draws without the interpreter's lock
+            drawn = list(threads.map(partial(seeded_noise, self.recipe.seed, shape=shape), keys))
+        # Copied once: a copy at every level would make the host wait for the level before.
+        noise = torch.stack(drawn).to(x_0.device)
         return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
 
     def states(self, captions: Sequence[str]) -> tuple[Conditions | None, Conditions | None]:

@@ -41,11 +41,11 @@ def noise_path(
     timesteps: Sequence[int],
     noise: Tensor,
 ) -> Iterator[Point]:
-    """x_t = a_t x_0 + s_t eps at each timestep; `noise` is [B, T, C, h, w]."""
+    """x_t = a_t x_0 + s_t eps at each timestep; `noise` is [B, T, C, h, w], where x_0 is."""
     for index, timestep in enumerate(timesteps):
         t = _levels(x_0, timestep)
         a, s = model.coefficients(t)
-        eps = noise[:, index].to(x_0.device)
+        eps = noise[:, index]
         yield Point(a * x_0 + s * eps, t, x_0, eps, states, null)
 
 

@@ -154,6 +154,7 @@ def _vae(widths: tuple[int, ...], latent_channels: int, layers_per_block: int = 
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         latent_channels=latent_channels,
         layers_per_block=layers_per_block,
+        sample_size=1024,  # FLUX's pipeline has no other mark of its pictures' size
         norm_num_groups=min(32, widths[0]),
     )
 
