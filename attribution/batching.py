@@ -34,7 +34,7 @@ def choose_batch(engine: Engine, largest: int = LARGEST) -> BatchChoice:
     are written: compiling at every size would take longer than it tells.
     """
     cuda = engine.model.device.type == "cuda"
-    size = min(4 if cuda else CPU_BATCH, largest)
+    size = 1 if cuda else min(CPU_BATCH, largest)
     with engine.uncompiled():
         best = _measure(engine, size)
         while cuda and size * 2 <= largest:
