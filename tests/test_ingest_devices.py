@@ -233,13 +233,15 @@ def execution_of(model: Model, source: Path, **settings: Any) -> Execution:
 
 def test_settings_reach_the_engine(model: Model, corpus: Path) -> None:
     assert execution_of(model, corpus) == Execution(False, False, True)
-    wanted = execution_of(model, corpus, deterministic=False, compile=True, low_memory=True)
-    assert wanted == Execution(compile=True, checkpointing=True, deterministic=False)
+    wanted = execution_of(model, corpus, deterministic=False, compile=True)
+    assert wanted == Execution(compile=True, checkpointing=False, deterministic=False)
+    assert execution_of(model, corpus, low_memory=True) == Execution(False, True, True)
 
 
 def test_compiling_is_automatic_for_large_corpora_on_gpus(
     model: Model, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
     for least, chosen, expected in (
         (12, ["cuda:0"], True),
         (12, ["cuda:0", "cuda:1"], True),  # by the whole corpus: two devices do what one does
@@ -247,8 +249,10 @@ def test_compiling_is_automatic_for_large_corpora_on_gpus(
         (12, None, False),
         (12, ["cpu"], False),
     ):
-        monkeypatch.setattr(job, "COMPILE_FROM", least)
+        monkeypatch.setattr(job, "COMPILE_FROM", least * parameters)
         assert execution_of(model, corpus, devices=chosen).compile is expected
+    monkeypatch.setattr(job, "COMPILE_FROM", 0)
+    assert not execution_of(model, corpus, devices=["cuda:0"], low_memory=True).compile
     assert execution_of(model, corpus, devices=["cuda:0"], compile=False).compile is False
 
 
@@ -265,15 +269,15 @@ def test_command_line_hands_the_settings_on(
 
     monkeypatch.setattr(Engine, "__init__", noted)
     words = ("ingest", corpus, "--model", model_folder, "--timesteps", 1, "--dim", 64, "--quiet")
-    flags = ("--no-deterministic", "--compile", "--low-memory")
+    flags = ("--no-deterministic", "--compile")
     assert headwater(*words, "--out", tmp_path / "a", *flags)[0] == 0
     assert headwater(*words, "--out", tmp_path / "b")[0] == 0
-    assert made == [Execution(True, True, False), Execution(False, False, True)]
+    assert made == [Execution(True, False, False), Execution(False, False, True)]
     entries = [
         json.loads((tmp_path / name / "ledger.jsonl").read_text())["details"] for name in "ab"
     ]
     assert entries[0]["execution"] == {
-        "compile": True, "checkpointing": True, "deterministic": False
+        "compile": True, "checkpointing": False, "deterministic": False
     }  # fmt: skip
     assert entries[1]["batch_size"] == 16
     manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in "ab"]
