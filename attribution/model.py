@@ -98,7 +98,7 @@ class Model:
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
         family = family_of(pipeline)
-        where = _usable(device)
+        where = usable_device(device)
         if dtype == "auto":
             dtype = "float32" if family.float32_only else automatic_dtype(where.type)
         if family.float32_only and dtype != "float32":
@@ -138,7 +138,7 @@ class Model:
         Raises:
             ModelError: a device that cannot be used here.
         """
-        where = _usable(device)
+        where = usable_device(device)
         for module in (self.denoiser, self.vae, *self.family.text_encoders.values()):
             if module is not None:
                 nn.Module.to(module, where)
@@ -355,8 +355,12 @@ def _without_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _usable(device: str) -> torch.device:
-    """The device by name, tried before anything is computed for it."""
+def usable_device(device: str) -> torch.device:
+    """The device by name, tried before anything is computed for it.
+
+    Raises:
+        ModelError: it cannot be used here.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         where = torch.device(name)

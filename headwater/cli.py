@@ -1,10 +1,11 @@
-"""The command `headwater`: ingest, query, inspect, demo."""
+"""The command `headwater`: ingest, query, inspect, demo, bench."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which training images taught a text-to-image diffusion model a concept.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Measurements that can be replayed.")
+app.add_typer(bench, name="bench")
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -66,6 +69,9 @@ def ingest(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trajectory: Annotated[str, typer.Option(help="auto, noise or inversion.")] = "auto",
     noise: Annotated[str, typer.Option(help="image: each its own; shared: one for all.")] = "image",
+    projection: Annotated[
+        str, typer.Option(help="sjlt, mask, factored, trak or identity.")
+    ] = "sjlt",
     seed: Annotated[int, typer.Option(help="Of noise and projection.")] = 0,
     lora: Lora = None,
     batch_size: Annotated[
@@ -115,6 +121,7 @@ def ingest(
         dtype=dtype,
         trajectory=trajectory,
         noise=noise,
+        projection=projection,
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -244,6 +251,31 @@ def demo(
         out.print(f"\n[bold]{escape(section.title)}[/]")
         print_result(section.result)
     out.print(escape(f"\nreport: {report.html}\nresult: {report.json}"))
+
+
+@bench.command()
+def speed(
+    models: Annotated[
+        str, typer.Option(help="Which, separated by commas.")
+    ] = "sd-1.4,sdxl,sd3-medium,flux",
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Write this path with .md and with .jsonl added.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "cuda",
+) -> None:
+    """Time the engine on random models of real size, against the published loop."""
+    import torch
+
+    from headwater import DeviceError
+    from headwater.benchmarks.speed import run
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"--device {device}: there is no CUDA device here, and models of real size need one; "
+            "give --device cpu to wait for the processor"
+        )
+    names = tuple(name.strip() for name in models.split(","))
+    run(target, names, device, partial(print, flush=True))
 
 
 @contextmanager
