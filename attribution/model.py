@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -295,11 +296,12 @@ def _load_adapter(pipeline: Any, lora: str | Path) -> None:
     load = getattr(pipeline, "load_lora_weights", None)
     if load is None:
         raise ModelError(f"a {name} takes no LoRA; leave --lora out")
-    if not Path(lora).exists() and not _hub_id(lora):
+    file = Path(lora).suffix == ".safetensors"
+    if not Path(lora).exists() and (file or not _hub_id(lora)):
         raise ModelError(f"adapter {lora} does not exist; check --lora")
     try:
         # What the libraries say stays heard: layers of the adapter that found no place, say.
-        with _without_bars():
+        with _without_bars(), _partial_adapters():
             # Adapters in pickled files are refused: reading one runs what is in it.
             load(str(lora), use_safetensors=True)
     except (*_LOADING, SafetensorError) as error:
@@ -310,6 +312,21 @@ def _load_adapter(pipeline: Any, lora: str | Path) -> None:
     denoiser = pipeline.components.get("unet") or pipeline.components.get("transformer")
     if not any("lora_" in part for part, _ in denoiser.named_parameters()):
         raise ModelError(f"{lora} adapts no layer of the denoiser; there is nothing to attribute")
+
+
+@contextmanager
+def _partial_adapters() -> Iterator[None]:
+    """No warning, at nearly every load, that an adapter leaves the text encoders as they are."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+
+    def worth_saying(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to")
+
+    logger.addFilter(worth_saying)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_saying)
 
 
 def _left_out(folder: Path) -> dict[str, None]:

@@ -61,7 +61,10 @@ def main() -> None:
 def ingest(
     source: Annotated[str, typer.Argument(help="Parquet file or folder, or image folder.")],
     model: ModelPath,
-    index: Annotated[Path, typer.Option("--out", help="Folder of the new index.")],
+    index: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the new index.", show_default=False),
+    ] = None,
     method: Annotated[str, typer.Option(help="dsm, dtrak, das, dps or cfg.")] = "dtrak",
     parameters: Annotated[str, typer.Option(help="Parameters, by regular expression.")] = "auto",
     dim: Annotated[int | None, typer.Option(help="Width of a row.", show_default=False)] = None,
@@ -114,6 +117,10 @@ def ingest(
     from headwater.attribution import automatic_dtype
     from headwater.ingest import devices_named, kind_of
 
+    if index is None and not dry_run:
+        raise typer.BadParameter(
+            "give the folder of the new index, or --dry-run", param_hint="--out"
+        )
     given: dict[str, Any] = {"dim": dim, "timesteps": timesteps}
     recipe = Recipe(
         method=method,
@@ -150,7 +157,7 @@ def ingest(
         "compile": compile,
         "low_memory": low_memory,
     }
-    if dry_run:
+    if index is None or dry_run:
         with spinner("timing a few batches", quiet):
             expected = estimate(source, loaded, **job)
         print_estimate(expected)
@@ -267,8 +274,10 @@ def speed(
     import torch
 
     from headwater import DeviceError
-    from headwater.benchmarks.speed import run
+    from headwater.attribution import quiet_libraries
 
+    with quiet_libraries():  # while they are imported
+        from headwater.benchmarks.speed import run
     if device != "cpu" and not torch.cuda.is_available():
         raise DeviceError(
             f"--device {device}: there is no CUDA device here, and models of real size need one; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def test_whole_run_on_tiny_models(
     )
     monkeypatch.delitem(speed.MODES, "compiled")
     recipes = {
-        name: Recipe(**{**vars(recipe), "dim": 64}) for name, recipe in speed.RECIPES.items()
+        name: replace(recipe, dim=64, timesteps=2, steps=10)
+        for name, recipe in speed.RECIPES.items()
     }
     monkeypatch.setattr(speed, "RECIPES", recipes)
     monkeypatch.setattr(sizes, "WORDS", tiny.WORDS)
