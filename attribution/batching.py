@@ -61,7 +61,9 @@ def _measure(engine: Engine, size: int) -> BatchChoice:
     cuda = model.device.type == "cuda"
     keys = [f"measure/{i}" for i in range(size)]
     x_0 = torch.stack([seeded_noise(recipe.seed, key, model.sample_shape) for key in keys])
-    states, null = engine.states([""] * size)
+    # What refuses an empty caption takes classes, and has a first one.
+    caption = "0" if model.refuses("") else ""
+    states, null = engine.states([caption] * size)
     point = next(iter(engine.noised(x_0.to(model.device), states, null, keys)))
     inverted = recipe.trajectory == "inversion"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ class Model:
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
         family = family_of(pipeline)
-        where = _usable(device)
+        where = usable_device(device)
         if dtype == "auto":
             dtype = "float32" if family.float32_only else automatic_dtype(where.type)
         if family.float32_only and dtype != "float32":
@@ -138,7 +139,7 @@ class Model:
         Raises:
             ModelError: a device that cannot be used here.
         """
-        where = _usable(device)
+        where = usable_device(device)
         for module in (self.denoiser, self.vae, *self.family.text_encoders.values()):
             if module is not None:
                 nn.Module.to(module, where)
@@ -295,11 +296,12 @@ def _load_adapter(pipeline: Any, lora: str | Path) -> None:
     load = getattr(pipeline, "load_lora_weights", None)
     if load is None:
         raise ModelError(f"a {name} takes no LoRA; leave --lora out")
-    if not Path(lora).exists() and not _hub_id(lora):
+    file = Path(lora).suffix == ".safetensors"
+    if not Path(lora).exists() and (file or not _hub_id(lora)):
         raise ModelError(f"adapter {lora} does not exist; check --lora")
     try:
         # What the libraries say stays heard: layers of the adapter that found no place, say.
-        with _without_bars():
+        with _without_bars(), _partial_adapters():
             # Adapters in pickled files are refused: reading one runs what is in it.
             load(str(lora), use_safetensors=True)
     except (*_LOADING, SafetensorError) as error:
@@ -310,6 +312,21 @@ def _load_adapter(pipeline: Any, lora: str | Path) -> None:
     denoiser = pipeline.components.get("unet") or pipeline.components.get("transformer")
     if not any("lora_" in part for part, _ in denoiser.named_parameters()):
         raise ModelError(f"{lora} adapts no layer of the denoiser; there is nothing to attribute")
+
+
+@contextmanager
+def _partial_adapters() -> Iterator[None]:
+    """No warning, at nearly every load, that an adapter leaves the text encoders as they are."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+
+    def worth_saying(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to")
+
+    logger.addFilter(worth_saying)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_saying)
 
 
 def _left_out(folder: Path) -> dict[str, None]:
@@ -355,8 +372,12 @@ def _without_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _usable(device: str) -> torch.device:
-    """The device by name, tried before anything is computed for it."""
+def usable_device(device: str) -> torch.device:
+    """The device by name, tried before anything is computed for it.
+
+    Raises:
+        ModelError: it cannot be used here.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         where = torch.device(name)

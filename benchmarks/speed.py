@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwater.attribution import Engine, Execution, Model, Recipe, choose_batch
+from headwater.attribution import Engine, Execution, Model, ModelError, Recipe, choose_batch
 from headwater.attribution.capture import Capture
+from headwater.attribution.model import usable_device
 from headwater.attribution.trajectory import guided_output
 from headwater.benchmarks import published_loop, sizes
 
@@ -65,17 +66,27 @@ class Measured:
 
 
 def run(out: Path | None, names: tuple[str, ...], device: str, say: Callable[[str], None]) -> None:
-    """Measure, print a line at a time, and write Markdown and JSON lines to `out`."""
-    bench = _Bench(torch.device(device), say)
+    """Measure, say a line at a time, and write `out`.md (tables) and `out`.jsonl (records).
+
+    Raises:
+        ModelError: a name that `sizes.PIPELINES` does not have, or an unusable device.
+    """
+    for name in names:
+        if name not in sizes.PIPELINES:
+            raise ModelError(
+                f"no model of real size is called {name!r}; choose of {', '.join(sizes.PIPELINES)}"
+            )
+    if out is not None:  # not after hours
+        out.parent.mkdir(parents=True, exist_ok=True)
+    bench = _Bench(usable_device(device), say)
     for name in names:
         bench.model(name)
     text = bench.report(f"headwater bench speed --models {','.join(names)}")
     say(text)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text(text)
+        out.with_name(f"{out.name}.md").write_text(text)
         lines = [json.dumps(asdict(m) | {"rate": m.rate}) for m in bench.measured]
-        out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n")
+        out.with_name(f"{out.name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def equivalents(recipe: Recipe) -> float:
@@ -340,9 +351,3 @@ def _row(m: Measured) -> str:
         f"| {m.model} | {m.recipe} | {m.mode} | {m.batch} | {m.rate:.2f} | {m.memory:.1f} "
         f"| {m.forward / m.batch * 1e3:.2f} | {m.equivalents:.0f} | {floor} |"
     )
-
-
-if __name__ == "__main__":
-    import sys
-
-    run(Path(sys.argv[1]), tuple(sys.argv[2].split(",")), "cuda", lambda t: print(t, flush=True))

@@ -1,10 +1,11 @@
-"""The command `headwater`: ingest, query, inspect, demo."""
+"""The command `headwater`: ingest, query, inspect, demo, bench."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which training images taught a text-to-image diffusion model a concept.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Measurements that can be replayed.")
+app.add_typer(bench, name="bench")
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -58,7 +61,10 @@ def main() -> None:
 def ingest(
     source: Annotated[str, typer.Argument(help="Parquet file or folder, or image folder.")],
     model: ModelPath,
-    index: Annotated[Path, typer.Option("--out", help="Folder of the new index.")],
+    index: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the new index.", show_default=False),
+    ] = None,
     method: Annotated[str, typer.Option(help="dsm, dtrak, das, dps or cfg.")] = "dtrak",
     parameters: Annotated[str, typer.Option(help="Parameters, by regular expression.")] = "auto",
     dim: Annotated[int | None, typer.Option(help="Width of a row.", show_default=False)] = None,
@@ -66,6 +72,9 @@ def ingest(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trajectory: Annotated[str, typer.Option(help="auto, noise or inversion.")] = "auto",
     noise: Annotated[str, typer.Option(help="image: each its own; shared: one for all.")] = "image",
+    projection: Annotated[
+        str, typer.Option(help="sjlt, mask, factored, trak or identity.")
+    ] = "sjlt",
     seed: Annotated[int, typer.Option(help="Of noise and projection.")] = 0,
     lora: Lora = None,
     batch_size: Annotated[
@@ -108,6 +117,10 @@ def ingest(
     from headwater.attribution import automatic_dtype
     from headwater.ingest import devices_named, kind_of
 
+    if index is None and not dry_run:
+        raise typer.BadParameter(
+            "give the folder of the new index, or --dry-run", param_hint="--out"
+        )
     given: dict[str, Any] = {"dim": dim, "timesteps": timesteps}
     recipe = Recipe(
         method=method,
@@ -115,6 +128,7 @@ def ingest(
         dtype=dtype,
         trajectory=trajectory,
         noise=noise,
+        projection=projection,
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -143,7 +157,7 @@ def ingest(
         "compile": compile,
         "low_memory": low_memory,
     }
-    if dry_run:
+    if index is None or dry_run:
         with spinner("timing a few batches", quiet):
             expected = estimate(source, loaded, **job)
         print_estimate(expected)
@@ -244,6 +258,33 @@ def demo(
         out.print(f"\n[bold]{escape(section.title)}[/]")
         print_result(section.result)
     out.print(escape(f"\nreport: {report.html}\nresult: {report.json}"))
+
+
+@bench.command()
+def speed(
+    models: Annotated[
+        str, typer.Option(help="Which, separated by commas.")
+    ] = "sd-1.4,sdxl,sd3-medium,flux",
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Write this path with .md and with .jsonl added.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "cuda",
+) -> None:
+    """Time the engine on random models of real size, against the published loop."""
+    import torch
+
+    from headwater import DeviceError
+    from headwater.attribution import quiet_libraries
+
+    with quiet_libraries():  # while they are imported
+        from headwater.benchmarks.speed import run
+    if device != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"--device {device}: there is no CUDA device here, and models of real size need one; "
+            "give --device cpu to wait for the processor"
+        )
+    names = tuple(name.strip() for name in models.split(","))
+    run(target, names, device, partial(print, flush=True))
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def test_ingest_counts_and_layout(
 ) -> None:
     code, out, err = headwater(
         "ingest", corpus, "--model", model_folder, "--out", tmp_path / "idx", *SMALL,
-        "--where", "\"group\" = 'even'", "--limit", 5,
+        "--where", "\"group\" = 'even'", "--limit", 5, "--projection", "mask",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "5 rows" in out
@@ -66,6 +66,7 @@ def test_ingest_counts_and_layout(
     stored = StoredIndex.open(tmp_path / "idx")
     assert stored.items()["item_id"].to_pylist() == [f"img-{i:03d}" for i in (0, 2, 4, 6, 8)]
     assert set(stored.items()["group"].to_pylist()) == {"even"}
+    assert stored.manifest.recipe["recipe"]["projection"] == "mask"
     for name in ("manifest.json", "ledger.jsonl", "items/part-00000.parquet",
                  "features/part-00000.npy", "thumbs/part-00000.parquet",
                  "curvature/eigenvalues.npy"):  # fmt: skip
@@ -334,6 +335,7 @@ def bad_source(tmp_path: Path, kind: str) -> Path:
         ("fine", ("--method", "magic"), "dsm, dtrak, das, dps, cfg"),
         ("fine", ("--parameters", "nothing_like_it"), "matches no parameter"),
         ("fine", ("--dim", 0), "--dim 0"),
+        ("fine", ("--projection", "fourier"), "sjlt, mask, factored, trak, identity"),
         ("fine", ("--device", "foo"), "--device foo cannot be used"),
         ("empty captions", (), "has a caption"),
         ("fine", ("--dtype", "int8"), "float32"),

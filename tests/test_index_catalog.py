@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,16 @@ def test_order_is_the_tables_even_over_many_rows() -> None:
     np.testing.assert_array_equal(found, np.arange(3, 300_000, 7))
 
 
+@pytest.fixture
+def _usual_recursion_limit() -> Iterator[None]:
+    """As Python starts with: compiling a model, in another test, raises it for good."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("_usual_recursion_limit")
 @pytest.mark.parametrize(
     ("where", "reason"),
     [

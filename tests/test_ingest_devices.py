@@ -442,6 +442,8 @@ def started(words: list[Any], processes: int) -> subprocess.Popen[str]:
     parent = subprocess.Popen(
         [sys.executable, *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell's background jobs, this test run perhaps, hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     wait_until(lambda: len(processes_of(parent.pid)) >= processes)
     return parent

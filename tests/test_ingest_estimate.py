@@ -79,8 +79,10 @@ def test_dry_run_prints_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    words = ("ingest", corpus, "--model", model_folder, "--out", tmp_path / "i", *SMALL)
-    code, out, err = headwater(*words, "--dry-run")
+    words = ("ingest", corpus, "--model", model_folder, *SMALL)
+    assert headwater(*words, "--out", tmp_path / "i", "--dry-run")[0] == 0
+    assert os.listdir(tmp_path) == []
+    code, out, err = headwater(*words, "--dry-run")  # it needs no folder either
     assert (code, err) == (0, "")
     assert os.listdir(tmp_path) == []
     told = {line.split("  ")[0].strip(): line.split("  ", 1)[1].strip()
@@ -105,6 +107,10 @@ def test_dry_run_refuses_what_the_ingest_would(
     code, out, err = headwater(*words, "--dry-run", "--where", "grup = 1")
     assert (code, out) == (2, "")
     assert "group" in err
+    code, out, err = headwater("ingest", corpus, "--model", model_folder, *SMALL)
+    assert (code, out) == (2, "")
+    assert "--out" in err
+    assert "--dry-run" in err
 
 
 def test_the_bar_tells_recent_rate_time_left_bytes_and_quarantine() -> None:
