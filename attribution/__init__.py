@@ -32,7 +32,7 @@ from .engine import Engine, Rows
 from .errors import ModelError
 from .execution import Execution
 from .images import ImageRejected, as_seen, decode, fit
-from .model import Model, automatic_dtype, quiet_libraries
+from .model import Model, quiet_libraries
 from .objectives import METHODS, Point
 from .recipe import Recipe, differences, feature_space, feature_space_id, resolved
 from .rewards import Reward, contrast_rows, image_rows, reward_rows, slider_rows
@@ -53,7 +53,6 @@ __all__ = [
     "Reward",
     "Rows",
     "as_seen",
-    "automatic_dtype",
     "choose_batch",
     "contrast_rows",
     "ddim_grid",

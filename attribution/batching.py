@@ -30,8 +30,8 @@ class BatchChoice:
 def choose_batch(engine: Engine, largest: int = LARGEST) -> BatchChoice:
     """Measure the engine on noise, at doubling batch sizes, and choose.
 
-    Sizes are powers of two, so that they divide a shard. Compiled blocks are measured as they
-    are written: compiling at every size would take longer than it tells.
+    Sizes are powers of two, so that they divide a shard. The denoiser is measured uncompiled:
+    compiling at every size would take longer than it tells.
     """
     cuda = engine.model.device.type == "cuda"
     size = 1 if cuda else min(CPU_BATCH, largest)
@@ -40,7 +40,9 @@ def choose_batch(engine: Engine, largest: int = LARGEST) -> BatchChoice:
         while cuda and size * 2 <= largest:
             free = torch.cuda.mem_get_info(engine.model.device)[0]
             needed = best.bytes_per_image * size * 2
-            if needed > SHARE * (free + torch.cuda.memory_reserved() - best.bytes_fixed):
+            if needed > SHARE * (
+                free + torch.cuda.memory_reserved(engine.model.device) - best.bytes_fixed
+            ):
                 break
             size *= 2
             try:
@@ -77,19 +79,19 @@ def _measure(engine: Engine, size: int) -> BatchChoice:
     fixed = torch.cuda.memory_allocated(model.device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-    seconds = len(engine.timesteps) * _seconds(run, cuda)
+    seconds = len(engine.timesteps) * _seconds(run, model.device)
     if inverted:
-        seconds += len(engine.grid) * _seconds(walk, cuda)
+        seconds += len(engine.grid) * _seconds(walk, model.device)
     peak = torch.cuda.max_memory_allocated(model.device) if cuda else 0
     return BatchChoice(size, fixed, (peak - fixed) // size, seconds / size)
 
 
-def _seconds(run: Callable[[], None], cuda: bool) -> float:
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
     run()
-    if cuda:
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
-    if cuda:
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -50,7 +50,8 @@ class Capture:
             ) -> Tensor | None:
                 if not torch.is_grad_enabled():
                     return None
-                if not self._pulling:  # a checkpointed block is called again during `pull`
+                # In a backward pass a checkpointed block is called again: the same call.
+                if torch._C._current_graph_task_id() == -1:
                     self._calls[layer.name] = self._calls.get(layer.name, 0) + 1
                 check_batch(layer, output, self._batch)
                 return _tap(output, self.anchor, args[0].detach(), layer, self)

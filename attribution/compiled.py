@@ -39,12 +39,13 @@ class CompiledDenoiser:
         limits.recompile_limit = max(limits.recompile_limit, 64)
         torch._functorch.config.donated_buffer = False  # `dps` goes back through a graph twice
         denoiser.compile(dynamic=False)
+        self._wired = True
         _WIRED[denoiser] = self
 
     @property
     def wired(self) -> bool:
         """Whether no later engine took the denoiser over."""
-        return any(other is self for other in _WIRED.values())
+        return self._wired
 
     def _tap(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._inputs is None or not torch.is_grad_enabled():
@@ -111,5 +112,6 @@ def unwire(denoiser: nn.Module) -> None:
     denoiser._compiled_call_impl = None
     wired = _WIRED.pop(denoiser, None)
     if wired is not None:
+        wired._wired = False
         for handle in wired._handles:
             handle.remove()

@@ -59,7 +59,10 @@ class Engine:
         set_checkpointing(model.denoiser, self.execution.checkpointing)
         unwire(model.denoiser)
         self._graph: CompiledDenoiser | None = None
-        self._graph_batch = 0  # batches of another size run uncompiled rather than compile anew
+        # Size of compiled batches, 0 for that of the first: a smaller one is filled up, a larger
+        # one runs uncompiled rather than compile anew.
+        self.batch_size = 0
+        self._tried = False
         if self.execution.compile:
             self._graph = CompiledDenoiser(model.denoiser, self.selection, self.projector)
         self.grid = ddim_grid(model, recipe.steps)
@@ -73,19 +76,29 @@ class Engine:
             captions: one per image.
             keys: one per image; names its noise, so that batches can be cut anywhere.
         """
-        if self._graph is not None and not self._graph_batch:
-            self._try_graph(self._graph, x_0, captions, keys)
-        if len(x_0) != self._graph_batch:
+        if self._graph is None:
+            return self._rows(x_0, captions, keys)
+        self.batch_size = self.batch_size or len(x_0)
+        count, missing = len(x_0), max(0, self.batch_size - len(x_0))
+        x_0 = torch.cat([x_0, x_0[-1:].expand(missing, *x_0.shape[1:])])
+        captions = [*captions, *[captions[-1]] * missing]
+        keys = [*keys, *[keys[-1]] * missing]
+        if len(x_0) > self.batch_size:
             with self.uncompiled():
                 return self._rows(x_0, captions, keys)
-        return self._rows(x_0, captions, keys)
+        if not self._tried:
+            self._try_graph(self._graph, x_0, captions, keys)
+        rows = self._rows(x_0, captions, keys)
+        return Rows(rows.features[:count], rows.weights[:count], rows.norms[:count])
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
         """The denoiser runs as it is written."""
         graph, self._graph = self._graph, None
         try:
-            with torch.compiler.set_stance("force_eager") if graph else nullcontext():
+            # It may be compiled for another engine.
+            compiled = self.model.denoiser._compiled_call_impl is not None
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 yield
         finally:
             self._graph = graph
@@ -114,18 +127,23 @@ class Engine:
         with self.uncompiled():
             graph.measure(lambda: self.model.output(point.x_t, point.t, states), len(x_0))
             plain = probe()
-        self._graph_batch = len(x_0)
-        difference = float((probe() - plain).norm() / plain.norm())
-        if not difference <= _COMPILED[self.recipe.dtype]:
-            warnings.warn(
+        self._tried = True
+        try:
+            difference = float((probe() - plain).norm() / plain.norm())
+            if difference <= _COMPILED[self.recipe.dtype]:
+                return
+            reason = (
                 f"the compiled model's gradients differ by {difference:.2g} from the uncompiled "
-                "one's, more than rounding explains; going on uncompiled",
-                stacklevel=3,
+                "one's, more than rounding explains"
             )
-            unwire(self.model.denoiser)
-            self.execution = replace(self.execution, compile=False)
-            self._graph = None
-            self._graph_batch = 0
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the compiler's own
+            reason = f"the model cannot be compiled: {str(error).strip().splitlines()[0]}"
+        warnings.warn(f"{reason}; going on uncompiled", stacklevel=3)
+        unwire(self.model.denoiser)
+        self.execution = replace(self.execution, compile=False)
+        self._graph = None
 
     def _rows(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Rows:
         x_0 = x_0.to(self.model.device)
@@ -145,15 +163,16 @@ class Engine:
         """The noise levels of a batch, on the recipe's trajectory."""
         states, null = self.states(captions)
         if self.recipe.trajectory == "inversion":
-            return inversion_path(
-                self.model,
-                x_0,
-                states,
-                null,
-                grid=self.grid,
-                timesteps=self.timesteps,
-                guidance=self.recipe.guidance,
-            )
+            with running(self.execution):
+                return inversion_path(
+                    self.model,
+                    x_0,
+                    states,
+                    null,
+                    grid=self.grid,
+                    timesteps=self.timesteps,
+                    guidance=self.recipe.guidance,
+                )
         return self.noised(x_0, states, null, keys)
 
     def noised(
@@ -210,7 +229,12 @@ class Engine:
     @contextmanager
     def _capture(self, point: Point) -> Iterator[Capture | CompiledDenoiser]:
         batch = len(point.x_t)
-        if self._graph is not None and self._graph.wired and batch == self._graph_batch:
+        if (
+            self._graph is not None
+            and self._graph.wired
+            and self._tried
+            and (batch == self.batch_size)
+        ):
             with self._graph.capture() as captured:
                 yield captured
             return

@@ -120,8 +120,8 @@ def parameter_gradients(
         roles: which of `weight` and `bias` are wanted; the layer must have them.
 
     Returns:
-        `weight` [B, *weight.shape] and `bias` [B, *bias.shape], in the precision of `grad`
-        (sums are accumulated in float32 at least).
+        `weight` [B, *weight.shape] and `bias` [B, *bias.shape], in the precision of `grad` or
+        float32 (norms); sums are accumulated in float32 at least.
     """
     rule = _rule(module)
     if rule is None:
@@ -144,8 +144,7 @@ def _linear(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
 
 def _conv2d(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     assert isinstance(module, nn.Conv2d)
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise ModelError("Conv2d with a padding mode other than zeros is not supported")
+    assert not isinstance(module.padding, str)  # refused by `_rule`
     patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
     batch, groups = x.shape[0], module.groups
     patches = patches.view(batch * groups, -1, patches.shape[-1])  # [B G, I/G kh kw, L]
@@ -163,7 +162,7 @@ def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
 def _group_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     assert isinstance(module, nn.GroupNorm)
     normed = F.group_norm(x.float(), module.num_groups, eps=module.eps)
-    return (g * normed).flatten(2).sum(-1)  # [B, C]
+    return (g * normed).reshape(*x.shape[:2], -1).sum(-1)  # [B, C]
 
 
 def _rms_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
@@ -171,7 +170,7 @@ def _rms_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     assert isinstance(module.weight, Tensor)
     shape = module.weight.shape
     axes = tuple(range(-len(shape), 0))
-    eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
+    eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
     normed = x.float() * torch.rsqrt(x.float().square().mean(axes, keepdim=True) + eps)
     return (g * normed).reshape(x.shape[0], -1, *shape).sum(1)
 
@@ -180,12 +179,15 @@ def _embedding(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     assert isinstance(module, nn.Embedding)
     rows, width = module.weight.shape
     index = x.reshape(x.shape[0], -1, 1).expand(-1, -1, width)  # [B, S, D]
-    return g.new_zeros(x.shape[0], rows, width).scatter_add_(1, index, g.reshape(index.shape))
+    found = g.new_zeros(x.shape[0], rows, width).scatter_add_(1, index, g.reshape(index.shape))
+    if module.padding_idx is not None:
+        found[:, module.padding_idx] = 0
+    return found
 
 
 def _bias(module: nn.Module, g: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d | nn.GroupNorm):
-        return g.flatten(2).sum(-1)  # [B, C]
+        return g.reshape(*g.shape[:2], -1).sum(-1)  # [B, C]
     assert isinstance(module.bias, Tensor)
     return g.reshape(g.shape[0], -1, *module.bias.shape).sum(1)
 
@@ -203,4 +205,12 @@ _RULES: tuple[tuple[type[nn.Module], _Rule], ...] = (
 
 
 def _rule(module: nn.Module) -> _Rule | None:
+    if isinstance(module, nn.Conv2d) and (
+        module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        return None
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        return None
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return None  # of nn.MultiheadAttention, which reads its weight and never calls it
     return next((rule for kind, rule in _RULES if isinstance(module, kind)), None)

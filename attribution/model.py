@@ -54,6 +54,7 @@ class Model:
         lora: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        runs_on: str | None = None,
     ) -> Model:
         """Load a pipeline folder as diffusers writes it, or a hub id.
 
@@ -64,6 +65,7 @@ class Model:
             device: a torch device, or `auto` for CUDA where there is one.
             dtype: precision of the denoiser's passes: float32, bfloat16 or float16; `auto` is
                 bfloat16 on a GPU and float32 elsewhere. Text is encoded in float32 whatever it is.
+            runs_on: kind of device that `auto` is for, where it will be moved to another later.
 
         Raises:
             ModelError: no such folder, no pipeline in it, one of a kind that is not supported, or
@@ -91,17 +93,20 @@ class Model:
             ) from error
         if lora is not None:
             _load_adapter(pipeline, lora)
-        return cls.from_pipeline(pipeline, device=device, dtype=dtype)
+        return cls.from_pipeline(pipeline, device=device, dtype=dtype, runs_on=runs_on)
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, *, device: str = "auto", dtype: str = "auto") -> Model:
+    def from_pipeline(
+        cls, pipeline: Any, *, device: str = "auto", dtype: str = "auto", runs_on: str | None = None
+    ) -> Model:
         """Wrap a pipeline that is already in memory (its modules are frozen and moved)."""
         if dtype not in ("auto", *DTYPES):
             raise ModelError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
         family = family_of(pipeline)
         where = usable_device(device)
         if dtype == "auto":
-            dtype = "float32" if family.float32_only else automatic_dtype(where.type)
+            coarse = (runs_on or where.type) == "cuda" and not family.float32_only
+            dtype = "bfloat16" if coarse else "float32"
         if family.float32_only and dtype != "float32":
             raise ModelError(f"{family.name}: diffusers runs this denoiser in float32 only")
         schedule = make_schedule(
@@ -269,11 +274,6 @@ class Model:
         return config.scaling_factor, config.get("shift_factor") or 0.0
 
 
-def automatic_dtype(device: str) -> str:
-    """The precision that `auto` stands for on a kind of device."""
-    return "bfloat16" if device == "cuda" else "float32"
-
-
 def exact_convolutions() -> AbstractContextManager[None]:
     """Convolutions on a GPU that repeat to the bit and, in float32, do not round to TF32.
 
@@ -381,7 +381,7 @@ def usable_device(device: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         where = torch.device(name)
-        torch.zeros(1, device=where)
+        where = torch.zeros(1, device=where).device  # `cuda` has now its number
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"--device {device} cannot be used here: {_first_line(error)}; "

@@ -79,14 +79,14 @@ def run(out: Path | None, names: tuple[str, ...], device: str, say: Callable[[st
     if out is not None:  # not after hours
         out.parent.mkdir(parents=True, exist_ok=True)
     bench = _Bench(usable_device(device), say)
-    for name in names:
+    for done, name in enumerate(names, start=1):
         bench.model(name)
-    text = bench.report(f"headwater bench speed --models {','.join(names)}")
+        text = bench.report(f"headwater bench speed --models {','.join(names[:done])}")
+        if out is not None:  # after each: a later one may fail
+            out.with_name(f"{out.name}.md").write_text(text)
+            lines = [json.dumps(asdict(m) | {"rate": m.rate}) for m in bench.measured]
+            out.with_name(f"{out.name}.jsonl").write_text("\n".join(lines) + "\n")
     say(text)
-    if out is not None:
-        out.with_name(f"{out.name}.md").write_text(text)
-        lines = [json.dumps(asdict(m) | {"rate": m.rate}) for m in bench.measured]
-        out.with_name(f"{out.name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def equivalents(recipe: Recipe) -> float:
@@ -99,6 +99,8 @@ def equivalents(recipe: Recipe) -> float:
 class _Bench:
     def __init__(self, device: torch.device, say: Callable[[str], None]) -> None:
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what the clock and the memory are asked of
         self.say = say
         self.measured: list[Measured] = []
         self.forwards: dict[tuple[str, str, int], float] = {}

@@ -39,7 +39,7 @@ def main() -> None:
         "| devices | img/s | seconds in all |",
         "|---|---|---|",
     ]
-    rates = []
+    rates: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, len(names)):
             steps: list[Progress] = []
@@ -47,7 +47,7 @@ def main() -> None:
             build_index(
                 args.corpus,
                 model,
-                Path(folder) / str(count),
+                Path(folder) / f"{len(rates)}",
                 limit=args.rows,
                 batch_size=args.batch,
                 devices=names[:count],
@@ -59,7 +59,7 @@ def main() -> None:
             rates.append((steps[-1].done - first.done) / (steps[-1].elapsed - first.elapsed))
             lines.append(f"| {','.join(names[:count])} | {rates[-1]:.0f} | {whole:.1f} |")
             print(lines[-1], flush=True)
-        one, several = (Path(folder) / str(count) for count in (1, len(names)))
+        one, several = (Path(folder) / f"{run}" for run in (0, 1))
         files = sorted(
             path.relative_to(one)
             for path in one.rglob("*")

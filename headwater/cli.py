@@ -97,7 +97,7 @@ def ingest(
         ),
     ] = None,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Less memory, about a third more time.")
+        bool, typer.Option("--low-memory", help="Less memory, a quarter to a half more time.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few batches, print time and space, end.")
@@ -114,7 +114,6 @@ def ingest(
 ) -> None:
     """Compute one gradient row for every training image and store them as an index."""
     from headwater import ColumnNames, Model, Recipe, build_index, estimate
-    from headwater.attribution import automatic_dtype
     from headwater.ingest import devices_named, kind_of
 
     if index is None and not dry_run:
@@ -137,8 +136,9 @@ def ingest(
         loaded = Model.from_pretrained(model, lora=lora, device=devices, dtype=dtype)
     else:
         # The devices' own processes hold their copies; this one would only take their memory.
-        dtype = automatic_dtype(kind_of(names[0])) if dtype == "auto" else dtype
-        loaded = Model.from_pretrained(model, lora=lora, device="cpu", dtype=dtype)
+        loaded = Model.from_pretrained(
+            model, lora=lora, device="cpu", dtype=dtype, runs_on=kind_of(names[0])
+        )
     job: dict[str, Any] = {
         "recipe": recipe,
         "columns": ColumnNames(

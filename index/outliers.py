@@ -43,7 +43,8 @@ def norm_outliers(items: pa.Table) -> list[Outlier]:
     deviation = np.median(np.abs(centred))
     if deviation == 0:
         return []
-    z = _NORMAL * centred / deviation
+    # Norms that all but agree make a trifle look far: less than a thousandth is no spread.
+    z = _NORMAL * centred / max(deviation, 1e-3)
     far = np.flatnonzero(np.abs(z) > THRESHOLD)
     order = far[np.argsort(-np.abs(z[far]), kind="stable")]
     ids = items["item_id"].take(pa.array(positions[order])).to_pylist()

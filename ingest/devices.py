@@ -37,6 +37,7 @@ class Pictures:
     pixels: npt.NDArray[np.uint8]  # [n, H, W, 3], fitted to the model
     captions: list[str]
     keys: list[str]
+    batch_size: int  # of batches of which nothing was quarantined
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class _Started:
         if not len(pixels):
             self._parts = [torch.zeros(0, dim), torch.zeros(0), torch.zeros(0)]
             return
+        engine.batch_size = batch.batch_size
         try:
             if self._device.type == "cuda":
                 # From pinned memory the copy runs beside the computation of the batch before.

@@ -76,9 +76,9 @@ def estimate(
             processes=ready.image_processes,
         ) as prepared:
             started = time.monotonic()
-            timed = all_found = list(computed(islice(prepared, workers), ready))
+            timed = all_found = list(computed(islice(prepared, workers), ready, batch_size))
             warmed = time.monotonic()
-            if further := list(computed(prepared, ready)):
+            if further := list(computed(prepared, ready, batch_size)):
                 started, timed, all_found = warmed, further, all_found + further
             elapsed = time.monotonic() - started
     known: list[dict[str, Any]] = []

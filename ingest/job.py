@@ -180,7 +180,7 @@ def opened(
 
 
 def computed(
-    batches: Iterator[PreparedBatch], devices: Devices
+    batches: Iterator[PreparedBatch], devices: Devices, batch_size: int
 ) -> Iterator[tuple[PreparedBatch, BatchRows]]:
     """Every batch with its rows, in order; the devices take the next ones meanwhile."""
     conditional = devices.engine.model.conditional
@@ -191,7 +191,8 @@ def computed(
             under_way.append(batch)
             chosen = [batch.columns[position] for position in batch.usable]
             captions = [columns["caption"] if conditional else "" for columns in chosen]
-            yield Pictures(batch.pixels, captions, [columns["item_id"] for columns in chosen])
+            keys = [columns["item_id"] for columns in chosen]
+            yield Pictures(batch.pixels, captions, keys, batch_size)
 
     for found in devices.rows(pictures()):
         yield under_way.popleft(), found
@@ -207,7 +208,6 @@ def _write_items(
     """Write every shard; the reasons of quarantine, counted."""
     quarantined: Counter[str] = Counter()
     done = bytes_read = 0
-    started = time.monotonic()
     with (
         # While one shard is written, the next one is computed; two are in memory at most.
         ThreadPoolExecutor(1) as writing,
@@ -219,9 +219,10 @@ def _write_items(
             processes=devices.image_processes,
         ) as batches,
     ):
+        started = time.monotonic()
         written: Future[None] | None = None
         pending = _Pending()
-        for batch, found in computed(batches, devices):
+        for batch, found in computed(batches, devices, batch_size):
             pending.add(batch, found)
             reasons = (columns["error"] for columns in pending.columns[-len(batch.columns) :])
             quarantined.update(reason for reason in reasons if reason)

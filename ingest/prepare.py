@@ -109,7 +109,7 @@ def _heard(
 ) -> Iterator[SourceItem]:
     for item in items:
         reason = item.error or refuses(item.caption)
-        yield replace(item, error=reason) if reason else item
+        yield replace(item, data=None, error=reason) if reason else item
 
 
 def _chunks(items: Iterable[SourceItem], batch_size: int) -> Iterator[list[SourceItem]]:

@@ -21,6 +21,8 @@ from threading import Thread
 from types import TracebackType
 from typing import Any
 
+from headwater.attribution import ModelError
+
 from .errors import DeviceError, SourceError
 
 # What a process runs: called once with its own arguments, it returns a fact for the parent and
@@ -29,7 +31,7 @@ from .errors import DeviceError, SourceError
 Work = Callable[[Iterator[Any]], Iterator[Any]]
 Setup = Callable[..., tuple[Any, Work]]
 
-_IN_FLIGHT = 2  # tasks of one process: one under way, one waiting
+_IN_FLIGHT = 3  # tasks of one process: one held back, one under way, one waiting
 _PATIENCE = 10.0  # seconds for a process to leave
 # Without it a spawned process, which imports the script again, would start processes itself.
 _GUARD = "; a script that names devices needs `if __name__ == '__main__':` around its calls"
@@ -198,7 +200,7 @@ def _serve(pipe: Connection, setup: Setup, arguments: tuple[Any, ...]) -> None:
     except BrokenPipeError:
         return  # nobody is left to tell
     except Exception as error:  # noqa: BLE001 (told to the parent, which raises it)
-        ours = error if isinstance(error, (DeviceError, SourceError)) else None
+        ours = error if isinstance(error, (DeviceError, ModelError, SourceError)) else None
         message = " ".join(f"{type(error).__name__}: {error}".split())
         with suppress(OSError):
             pipe.send(_Failure(ours, message, traceback.format_exc()))

@@ -20,6 +20,7 @@ from headwater.attribution import (
     Recipe,
     choose_batch,
 )
+from headwater.attribution.capture import Capture
 from headwater.attribution.execution import running, set_checkpointing
 
 CAPTIONS = ["a red cat", "the dog in a house", "a fish by studio", "a blue drawing"]
@@ -101,14 +102,66 @@ def test_compiled_rows_are_the_same(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert not torch._dynamo.utils.counters["graph_break"]
     assert difference(found, plain[0]) <= 1e-5
-    # A batch of another size runs as it is written rather than compile anew.
+    # A smaller batch is filled up rather than compiled anew.
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     part = engine.rows(x_0[:3], CAPTIONS[:3], KEYS[:3])
-    assert torch.equal(part.features, plain[1].features)
+    assert torch.equal(part.features, found[:3])
+    assert difference(part.features, plain[1].features) <= 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     # Another engine takes the model over; the first goes on, uncompiled.
     assert torch.equal(rows(model, recipe), plain[0])
     assert torch.equal(engine.rows(x_0, CAPTIONS, KEYS).features, plain[0])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_engines_of_one_model_do_not_disturb_each_other(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_with(monkeypatch, "aot_eager")
+    recipe = Recipe(timesteps=1, steps=3, dim=64)
+    x_0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    first = Engine(model, recipe)
+    plain = first.rows(x_0, CAPTIONS, KEYS).features
+    later = Engine(model, recipe, Execution(compile=True))
+    later.batch_size = 4
+    # A first batch that lost a picture decides nothing: it is filled up to the size that was said.
+    assert difference(later.rows(x_0[:3], CAPTIONS[:3], KEYS[:3]).features, plain[:3]) <= 1e-5
+    assert later.batch_size == 4
+    assert torch.equal(first.rows(x_0, CAPTIONS, KEYS).features, plain)
+    assert difference(later.rows(x_0, CAPTIONS, KEYS).features, plain) <= 1e-5
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiler_that_fails_is_done_without(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_graph: object, _inputs: object) -> Any:
+        raise RuntimeError("no such instruction")
+
+    compile_with(monkeypatch, failing)
+    recipe = Recipe(timesteps=1, steps=3, dim=64)
+    engine = Engine(model, recipe, Execution(compile=True))
+    x_0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning, match=r"cannot be compiled: .*; going on uncompiled"):
+        found = engine.rows(x_0, CAPTIONS, KEYS).features
+    assert torch.equal(found, rows(model, recipe))
+
+
+def test_no_layer_waits_for_calls_that_never_come(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The way to x_t of `dps` calls checkpointed blocks again, before the gradients are pulled.
+    waiting: list[int] = []
+    right = Capture.pull
+
+    def watched(self: Capture, e: torch.Tensor, cotangent: torch.Tensor) -> Any:
+        waiting.append(max(self._calls.values()))
+        return right(self, e, cotangent)
+
+    monkeypatch.setattr(Capture, "pull", watched)
+    recipe = Recipe(method="dps", timesteps=1, steps=3, dim=64)
+    rows(model, recipe, Execution(checkpointing=True))
+    assert waiting == [1]
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -145,14 +145,40 @@ def test_layer_rule_equals_autograd(layer: nn.Module, shape: tuple[int, ...]) ->
             torch.testing.assert_close(found[name][i].double(), gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_embedding_rule_equals_autograd() -> None:
-    layer = nn.Embedding(5, 3)
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embedding_rule_equals_autograd(padding: int | None) -> None:
+    layer = nn.Embedding(5, 3, padding_idx=padding)
     index = torch.tensor([[0, 2, 2], [4, 1, 0]])
     cotangent = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
     found = parameter_gradients(layer, index, cotangent, ["weight"])["weight"]
     for i in range(2):
         (expected,) = torch.autograd.grad(layer(index[i]), layer.weight, cotangent[i])
         torch.testing.assert_close(found[i], expected)
+
+
+def test_half_precision_norm_uses_the_epsilon_that_torch_uses() -> None:
+    layer = nn.RMSNorm(8).bfloat16()
+    inputs = 1e-3 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cotangent = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = parameter_gradients(layer, inputs, cotangent, ["weight"])["weight"]
+    for i in range(2):
+        (expected,) = torch.autograd.grad(layer(inputs[i]), layer.weight, cotangent[i])
+        torch.testing.assert_close(found[i], expected.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 2, 3, padding="same"),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        nn.Embedding(3, 2, scale_grad_by_freq=True),
+        nn.MultiheadAttention(4, 2).out_proj,
+    ],
+    ids=str,
+)
+def test_layers_of_another_kind_are_refused_by_name(layer: nn.Module) -> None:
+    with pytest.raises(ModelError, match=r"odd\.weight belongs to a"):
+        select_parameters(nn.ModuleDict({"odd": layer}), "odd")
 
 
 def test_layer_called_twice_sums_its_calls() -> None:
