@@ -334,3 +334,13 @@ def test_half_precision_pipeline_is_computed_in_the_recipes_precision() -> None:
         torch.zeros(1, 4, 8, 8), ["a cat"], ["k"]
     )
     assert rows.features.isfinite().all()
+
+
+def test_automatic_precision_is_that_of_the_device_to_come() -> None:
+    def dtype_of(kind: str, runs_on: str | None) -> torch.dtype:
+        make, _ = tiny.KINDS[kind]
+        return Model.from_pipeline(make(), device="cpu", runs_on=runs_on).dtype
+
+    assert dtype_of("sd", None) == torch.float32
+    assert dtype_of("sd", "cuda") == torch.bfloat16
+    assert dtype_of("class-number", "cuda") == torch.float32  # diffusers runs it in no other

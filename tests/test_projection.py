@@ -148,11 +148,10 @@ def test_inner_products_are_unbiased_with_the_known_variance(kind: str) -> None:
 
 
 def test_windows_leave_no_more_variance_than_independent_buckets() -> None:
-    a, b = heavy_tailed()
-    for dim in (7, 64, 399, 400):
-        assert sjlt_variance(a, b, dim) < dense_variance(a, b, dim)
     # One window holds each parameter, so coordinates meet across parameters alone.
-    assert sjlt_variance(a, b, 400) < 0.7 * dense_variance(a, b, 400)
+    vectors = heavy_tailed()
+    drawn = [torch.dot(*project("sjlt", vectors, 400, seed)[0]) for seed in range(1500)]
+    assert float(torch.stack(drawn).var()) < 0.85 * dense_variance(*vectors, 400)
 
 
 @pytest.mark.parametrize("kind", KINDS)
