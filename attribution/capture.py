@@ -91,15 +91,21 @@ class Capture:
         """Take the gradient of one call's output; project when the layer's last call is in."""
         if not self._pulling:  # a backward pass to x_t, made for a cotangent
             return
-        roles = {slot.role for slot in layer.slots}
-        found = parameter_gradients(layer.module, inputs, gradient, roles)
-        earlier = self._parts.pop(layer.name, {})
-        found = {role: part + earlier[role] if earlier else part for role, part in found.items()}
+        found = with_call(self._parts.pop(layer.name, {}), layer, inputs, gradient)
         self._calls[layer.name] -= 1
         if self._calls[layer.name]:
             self._parts[layer.name] = found
         else:
             project(self._projector, layer, found, self._rows, self._square)
+
+
+def with_call(
+    earlier: dict[str, Tensor], layer: Layer, inputs: Tensor, gradient: Tensor
+) -> dict[str, Tensor]:
+    """The selected per-sample gradients of a call, added to those of the layer's earlier calls."""
+    roles = {slot.role for slot in layer.slots}
+    found = parameter_gradients(layer.module, inputs, gradient, roles)
+    return {role: part + earlier[role] if earlier else part for role, part in found.items()}
 
 
 def project(

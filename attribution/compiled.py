@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .capture import check_batch, project
-from .layers import Layer, Selection, parameter_gradients
+from .capture import check_batch, project, with_call
+from .layers import Layer, Selection
 from .projection import Projector
 
 
@@ -28,7 +28,7 @@ class CompiledDenoiser:
         unwire(denoiser)
         self._selection = selection
         self._projector = projector
-        self._calls: list[Layer] = []  # of one forward pass, in order
+        self._calls: dict[str, list[int]] = {}  # layer name -> which calls of a forward are its
         self._taps: list[Tensor] = []  # one for each call
         self._inputs: list[Tensor] | None = None  # of the calls, while they are captured
         self._handles: list[Any] = [
@@ -39,13 +39,8 @@ class CompiledDenoiser:
         limits.recompile_limit = max(limits.recompile_limit, 64)
         torch._functorch.config.donated_buffer = False  # `dps` goes back through a graph twice
         denoiser.compile(dynamic=False)
-        self._wired = True
+        self.wired = True  # until a later engine takes the denoiser over
         _WIRED[denoiser] = self
-
-    @property
-    def wired(self) -> bool:
-        """Whether no later engine took the denoiser over."""
-        return self._wired
 
     def _tap(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._inputs is None or not torch.is_grad_enabled():
@@ -55,14 +50,14 @@ class CompiledDenoiser:
 
     def measure(self, forward: Callable[[], object], batch: int) -> None:
         """Learn from one uncompiled forward pass which layers are called, and with what shapes."""
-        self._calls, self._taps = [], []
+        self._calls, self._taps = {}, []
         handles = []
         for layer in self._selection.layers:
 
             def note(_m: nn.Module, _a: object, output: Tensor, layer: Layer = layer) -> None:
                 check_batch(layer, output, batch)
                 zero = torch.zeros((), dtype=output.dtype, device=output.device)
-                self._calls.append(layer)
+                self._calls.setdefault(layer.name, []).append(len(self._taps))
                 self._taps.append(zero.expand(output.shape).requires_grad_())
 
             handles.append(layer.module.register_forward_hook(note))
@@ -91,15 +86,9 @@ class CompiledDenoiser:
         with torch.no_grad():
             for layer in self._selection.layers:
                 found: dict[str, Tensor] = {}
-                roles = {slot.role for slot in layer.slots}
-                for call, inputs, gradient in zip(
-                    self._calls, self._inputs, gradients, strict=True
-                ):
-                    if call is layer and gradient is not None:
-                        for role, part in parameter_gradients(
-                            layer.module, inputs, gradient, roles
-                        ).items():
-                            found[role] = found[role] + part if role in found else part
+                for call in self._calls.get(layer.name, ()):
+                    if (gradient := gradients[call]) is not None:
+                        found = with_call(found, layer, self._inputs[call], gradient)
                 project(self._projector, layer, found, rows, square)
         return rows, square.sqrt()
 
@@ -112,6 +101,6 @@ def unwire(denoiser: nn.Module) -> None:
     denoiser._compiled_call_impl = None
     wired = _WIRED.pop(denoiser, None)
     if wired is not None:
-        wired._wired = False
+        wired.wired = False
         for handle in wired._handles:
             handle.remove()

@@ -41,10 +41,9 @@ def arguments(parser: argparse.ArgumentParser, *, rows: int, batch: int) -> None
     parser.add_argument("--pairs", type=int, default=106)
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--dtype", default="auto", help="precision of the denoiser's passes")
 
 
-def load(args: argparse.Namespace) -> tuple[Bench, str]:
+def load(args: argparse.Namespace, dtype: str) -> tuple[Bench, str]:
     """The bench that the arguments ask for and the name of the machine; no TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     table = pq.read_table(args.corpus / "train.parquet")
@@ -55,7 +54,7 @@ def load(args: argparse.Namespace) -> tuple[Bench, str]:
     held_out = held_out[:: max(1, len(held_out) // args.pairs)][: args.pairs]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    model = Model.from_pretrained(args.model, device=device, dtype=args.dtype)
+    model = Model.from_pretrained(args.model, device=device, dtype=dtype)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     return Bench(model, table, held_out, args.seeds, args.batch), machine
 

@@ -25,9 +25,10 @@ def main() -> None:
     """Run every configuration and write one JSON record each."""
     parser = argparse.ArgumentParser(description=__doc__)
     arguments(parser, rows=0, batch=256)
+    parser.add_argument("--dtype", default="auto", help="precision of the denoiser's passes")
     parser.add_argument("--only", default="", help="comma-separated configuration names")
     args = parser.parse_args()
-    bench, machine = load(args)
+    bench, machine = load(args, args.dtype)
     wanted = set(filter(None, args.only.split(",")))
     with args.out.open("w") as out:
         for name, recipe, kinds in configurations():

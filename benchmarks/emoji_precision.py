@@ -25,8 +25,7 @@ def main() -> None:
     arguments(parser, rows=3000, batch=256)
     parser.add_argument("--methods", nargs="+", default=["dtrak", "das", "cfg", "dps"])
     args = parser.parse_args()
-    args.dtype = "float32"
-    bench, machine = load(args)
+    bench, machine = load(args, "float32")
     lines = [
         f"{machine}, torch {torch.__version__}, {args.rows:,} rows, {args.pairs} pairs, "
         f"{args.seeds} seeds\n",

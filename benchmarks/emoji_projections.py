@@ -36,11 +36,12 @@ def main() -> None:
     """Project, ask and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments(parser, rows=3000, batch=64)
+    parser.add_argument("--dtype", default="auto", help="precision of the denoiser's passes")
     parser.add_argument("--kinds", nargs="+", default=[k for k in KINDS if k != "identity"])
     parser.add_argument("--widths", nargs="+", type=int, default=[2**i for i in range(9, 16)])
     parser.add_argument("--draws", type=int, default=3, help="projection seeds to average over")
     args = parser.parse_args()
-    bench, machine = load(args)
+    bench, machine = load(args, args.dtype)
     if not any(same.any() for same, _ in bench.truth):
         parser.error("no held-out object is among the rows; raise --rows or --pairs")
     engine = Engine(bench.model, Recipe(projection="identity"))

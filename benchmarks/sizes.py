@@ -7,7 +7,7 @@ text is encoded once per prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -175,7 +175,12 @@ def _clip(width: int, heads: int, layers: int) -> CLIPTextConfig:
 
 
 def _tokenizer(length: int = 77) -> PreTrainedTokenizerFast:
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
+    return word_tokenizer(WORDS, length)
+
+
+def word_tokenizer(words: Sequence[str], length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows whole words; ids 0 to 3 are padding, begin, end and unknown."""
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

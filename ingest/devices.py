@@ -195,7 +195,6 @@ def _suitable_batch(engine: Engine) -> int:
     batch_size = choose_batch(engine).batch_size
     device = engine.model.device
     if device.type == "cuda":  # what the trial took is not what the ingest takes
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return batch_size
 

@@ -84,7 +84,7 @@ def test_fingerprint_names_the_part_that_differs() -> None:
     other = Model.from_pipeline(pipeline, device="cpu").fingerprint
     assert {name for name in base if base[name] != other[name]} == {"scheduler"}
     pipeline = tiny.stable_diffusion()
-    pipeline.tokenizer = tiny.word_tokenizer(length=6)
+    pipeline.tokenizer = tiny.tokenizer(length=6)
     other = Model.from_pipeline(pipeline, device="cpu").fingerprint
     assert {name for name in base if base[name] != other[name]} == {"tokenizer"}
 
@@ -108,7 +108,7 @@ def test_fingerprint_covers_every_text_part_and_what_the_pipeline_makes_of_it() 
     flow = tiny.stable_diffusion_3()
     base = marks(flow)
     flow.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    flow.tokenizer_3 = tiny.word_tokenizer(length=6)
+    flow.tokenizer_3 = tiny.tokenizer(length=6)
     assert different(base, marks(flow)) == {"scheduler", "tokenizer_3"}
     alpha = tiny.pixart()
     sigma = PixArtSigmaPipeline(**alpha.components)

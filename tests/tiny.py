@@ -26,7 +26,6 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -35,6 +34,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from headwater.benchmarks.sizes import SCHEDULE, word_tokenizer
 
 WORDS = [
     "a",
@@ -53,31 +54,10 @@ WORDS = [
     "fish",
     "house",
 ]
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
-def word_tokenizer(length: int = 8) -> PreTrainedTokenizerFast:
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=length,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
+def tokenizer(length: int = 8) -> PreTrainedTokenizerFast:
+    return word_tokenizer(WORDS, length)
 
 
 def text_unet(width: int = 16, **settings: Any) -> UNet2DConditionModel:
@@ -146,7 +126,7 @@ def stable_diffusion(
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(clip_config()),
-        tokenizer=word_tokenizer(),
+        tokenizer=tokenizer(),
         unet=unet,
         scheduler=DDIMScheduler(prediction_type=prediction_type, **SCHEDULE),
         safety_checker=None,
@@ -179,9 +159,9 @@ def stable_diffusion_xl(*, zeros: bool = True, seed: int = 0) -> StableDiffusion
     return StableDiffusionXLPipeline(
         vae=autoencoder(),
         text_encoder=CLIPTextModel(clip_config()),
-        tokenizer=word_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(clip_config()),
-        tokenizer_2=word_tokenizer(),
+        tokenizer_2=tokenizer(),
         unet=text_unet(
             cross_attention_dim=32,
             addition_embed_type="text_time",
@@ -222,11 +202,11 @@ def stable_diffusion_3(*, t5: bool = True, seed: int = 0) -> StableDiffusion3Pip
             use_post_quant_conv=False,
         ),
         text_encoder=CLIPTextModelWithProjection(clip_config()),
-        tokenizer=word_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(clip_config()),
-        tokenizer_2=word_tokenizer(),
+        tokenizer_2=tokenizer(),
         text_encoder_3=t5_encoder() if t5 else None,
-        tokenizer_3=word_tokenizer() if t5 else None,
+        tokenizer_3=tokenizer() if t5 else None,
     )
 
 
@@ -250,9 +230,9 @@ def flux(*, distilled: bool = True, seed: int = 0) -> FluxPipeline:
         ),
         vae=autoencoder(scaling_factor=0.4, shift_factor=0.1),
         text_encoder=CLIPTextModel(clip_config()),
-        tokenizer=word_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder_2=t5_encoder(),
-        tokenizer_2=word_tokenizer(),
+        tokenizer_2=tokenizer(),
     )
 
 
@@ -277,7 +257,7 @@ def pixart(
         scheduler=DDIMScheduler(**SCHEDULE),
         vae=autoencoder(),
         text_encoder=t5_encoder(),
-        tokenizer=word_tokenizer(),
+        tokenizer=tokenizer(),
     )
 
 
