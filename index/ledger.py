@@ -44,6 +44,20 @@ def append(folder: Path, event: str, details: Mapping[str, Any]) -> dict[str, An
     return entry
 
 
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of the ledger, without those that a crash cut short."""
+    path = folder / FILE_NAME
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("details"), dict):
+            found.append(entry)
+    return found
+
+
 def _canonical(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(
         entry, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False

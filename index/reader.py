@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from . import ledger
 from .errors import IndexStoreError
-from .manifest import Manifest, Shard, read_manifest
+from .manifest import Manifest, Shard, part_files, read_manifest
 from .rows import Float32, decode_rows
 
 Int64 = npt.NDArray[np.int64]
@@ -39,26 +40,52 @@ class StoredIndex:
     def open(cls, folder: str | Path) -> StoredIndex:
         """Open the index in `folder`; IndexStoreError when there is none or it is unfinished."""
         folder = Path(folder)
-        manifest = read_manifest(folder)
-        if not manifest.complete:
-            raise IndexStoreError(
-                f"the ingest that wrote {folder} did not finish; delete the folder and ingest again"
-            )
-        return cls(folder, manifest)
+        return cls(folder, read_manifest(folder))
 
     def items(self) -> pa.Table:
-        """Return every item column, one row per position, quarantined items included (cached)."""
+        """Return every item column, one row per position (cached).
+
+        Quarantined and deleted items are among them: `ok_positions` and `live_positions` tell.
+        """
         return self._items
 
     @cached_property
     def ok_positions(self) -> Int64:
-        """Ascending positions of the items that are not quarantined: those a search sees."""
+        """Ascending positions of the items that are neither quarantined nor deleted.
+
+        They are those a search sees.
+        """
         return np.flatnonzero(self._ok).astype(np.int64)
+
+    @cached_property
+    def live_positions(self) -> Int64:
+        """Ascending positions of the items that are not deleted, quarantined ones included."""
+        return np.flatnonzero(self._live).astype(np.int64)
+
+    @cached_property
+    def deleted_positions(self) -> Int64:
+        """Ascending positions of the deleted items: no answer shows them."""
+        names = [name for name in self.manifest.files if name.startswith("tombstones/")]
+        if not names:
+            return np.empty(0, np.int64)
+        path = self.folder / names[0]
+        positions = np.array(self._load_array(path))
+        if (
+            positions.dtype != np.int64
+            or positions.shape != (self.manifest.deleted,)
+            or (np.diff(positions, prepend=-1) <= 0).any()
+            or (positions >= self.manifest.rows).any()
+        ):
+            raise IndexStoreError(
+                f"{path} does not hold {self.manifest.deleted} ascending positions; "
+                "the index is damaged: ingest again"
+            )
+        return positions
 
     def features(self, shard: Shard) -> npt.NDArray[np.float16]:
         """Return a shard's stored unit rows, float16 [items, dim], memory-mapped and read-only."""
-        path = self.folder / "features" / f"{shard.name}.npy"
-        array = _load_array(path)
+        path = self.folder / part_files(shard.name)[0]
+        array = self._load_array(path)
         expected = (shard.items, self.manifest.dim)
         if array.shape != expected or array.dtype != np.float16:
             raise IndexStoreError(
@@ -77,8 +104,9 @@ class StoredIndex:
         """Stream effective rows as (positions int64 [b], rows float32 [b, dim]) with b <= max_rows.
 
         `positions` limits the rows (default: all); they come out ascending, each once, and without
-        quarantined items. With `weighted=False` the rows lack `row_weight`, as curvature wants it.
-        A block never spans two shards. Raises IndexStoreError for a position outside the index.
+        quarantined or deleted items. With `weighted=False` the rows lack `row_weight`, as
+        curvature wants it. A block never spans two shards. Raises IndexStoreError for a position
+        outside the index.
         """
         if max_rows < 1:
             raise IndexStoreError(f"max_rows is {max_rows}; a block holds at least one row")
@@ -97,7 +125,7 @@ class StoredIndex:
             start += shard.items
 
     def searchable(self, positions: npt.ArrayLike | None = None) -> Int64:
-        """Return `positions` (default: all) ascending, each once, without quarantined items."""
+        """Return `positions` (default: all) ascending, each once: those among `ok_positions`."""
         if positions is None:
             return self.ok_positions
         wanted = np.unique(np.asarray(positions, dtype=np.int64))
@@ -110,27 +138,28 @@ class StoredIndex:
 
     def curvature(self) -> dict[str, npt.NDArray[Any]]:
         """Return the arrays written by `IndexWriter.write_curvature`, memory-mapped, by name."""
-        paths = [Path(name) for name in sorted(self.manifest.files)]
         return {
-            path.stem: _load_array(self.folder / "curvature" / path.name)
-            for path in paths
-            if path.parent.as_posix() == "curvature" and path.suffix == ".npy"
+            Path(name).stem: self._load_array(self.folder / name)
+            for name in sorted(self.manifest.files)
+            if name.startswith("curvature/")
         }
 
     def thumbnails(self, item_ids: Sequence[str]) -> dict[str, bytes]:
         """Return the previews (WebP bytes) of these items; items without one are left out."""
         found: dict[str, bytes] = {}
-        positions = pc.index_in(pa.array(item_ids, pa.string()), self._items["item_id"])
-        known = np.unique(positions.drop_null().to_numpy())
+        # An id may stand on a deleted row too, with the preview of what it was.
+        living = self._items["item_id"].take(pa.array(self.live_positions))
+        places = pc.index_in(pa.array(item_ids, pa.string()), living)
+        known = self.live_positions[np.unique(places.drop_null().to_numpy())]
         start = 0
         for shard in self.manifest.shards:
             low, high = np.searchsorted(known, [start, start + shard.items])
             start += shard.items
             if low == high:
                 continue
-            table = _read_table(
-                self.folder / "thumbs" / f"{shard.name}.parquet",
-                filters=pc.field("item_id").isin(list(item_ids)),
+            here = self._items["item_id"].take(pa.array(known[low:high]))
+            table = self._read_table(
+                self.folder / part_files(shard.name)[2], filters=pc.field("item_id").isin(here)
             )
             pairs = zip(table["item_id"].to_pylist(), table["image"].to_pylist(), strict=True)
             found.update(pairs)
@@ -147,8 +176,8 @@ class StoredIndex:
     def _items(self) -> pa.Table:
         tables = []
         for shard in self.manifest.shards:
-            path = self.folder / "items" / f"{shard.name}.parquet"
-            table = _read_table(path)
+            path = self.folder / part_files(shard.name)[1]
+            table = self._read_table(path)
             if table.num_rows != shard.items:
                 raise IndexStoreError(
                     f"{path} has {table.num_rows} items, the manifest says {shard.items}; "
@@ -162,6 +191,12 @@ class StoredIndex:
     @cached_property
     def _ok(self) -> npt.NDArray[np.bool_]:
         flags: npt.NDArray[np.bool_] = pc.equal(self._items["status"], "ok").to_numpy()
+        return flags & self._live
+
+    @cached_property
+    def _live(self) -> npt.NDArray[np.bool_]:
+        flags = np.ones(self.manifest.rows, np.bool_)
+        flags[self.deleted_positions] = False
         return flags
 
     @cached_property
@@ -172,29 +207,31 @@ class StoredIndex:
     def _weights(self) -> Float32:
         return np.asarray(self._items["row_weight"], dtype=np.float32)
 
+    def _load_array(self, path: Path) -> npt.NDArray[Any]:
+        try:
+            array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise self._damaged(path, error) from error
+        return array
+
+    def _read_table(self, path: Path, filters: pc.Expression | None = None) -> pa.Table:
+        try:
+            return pq.read_table(path, filters=filters)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(path, error) from error
+
+    def _damaged(self, path: Path, error: Exception) -> IndexStoreError:
+        reason = str(error).splitlines()[0]
+        with suppress(IndexStoreError):
+            if read_manifest(self.folder) != self.manifest:
+                return IndexStoreError(f"{self.folder} was changed meanwhile; ask again")
+        return IndexStoreError(
+            f"{path} cannot be read ({reason}); the index is damaged: ingest again"
+        )
+
 
 def _take(units: npt.NDArray[np.float16], local: Int64) -> npt.NDArray[np.float16]:
     """Return rows `local` (ascending, unique); a gapless run is a view and reads straight on."""
     if local[-1] - local[0] == len(local) - 1:
         return units[local[0] : local[-1] + 1]
     return units[local]
-
-
-def _load_array(path: Path) -> npt.NDArray[Any]:
-    try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    return array
-
-
-def _read_table(path: Path, filters: pc.Expression | None = None) -> pa.Table:
-    try:
-        return pq.read_table(path, filters=filters)
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> IndexStoreError:
-    reason = str(error).splitlines()[0]
-    return IndexStoreError(f"{path} cannot be read ({reason}); the index is damaged: ingest again")
