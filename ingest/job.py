@@ -191,7 +191,7 @@ def computed(
             under_way.append(batch)
             chosen = [batch.columns[position] for position in batch.usable]
             captions = [columns["caption"] if conditional else "" for columns in chosen]
-            keys = [columns["item_id"] for columns in chosen]
+            keys = [batch.keys[position] for position in batch.usable]
             yield Pictures(batch.pixels, captions, keys, batch_size)
 
     for found in devices.rows(pictures()):

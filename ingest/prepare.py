@@ -37,6 +37,7 @@ _AHEAD = PREPARERS + 2  # batches in memory before the device
 class PreparedBatch:
     """Some items in the order of the source; pixels of those that have a picture."""
 
+    keys: list[str]  # of every item; noise is drawn by them
     columns: list[dict[str, Any]]  # of every item; `status` and `error` say what became of it
     previews: list[bytes | None]
     usable: list[int]  # which items have a picture
@@ -66,7 +67,8 @@ def prepare_batch(items: list[SourceItem], size: tuple[int, int]) -> PreparedBat
             pixels.append(picture)
     stacked = np.stack(pixels) if pixels else np.zeros((0, *size, 3), np.uint8)
     bytes_read = sum(len(item.data) for item in items if item.data is not None)
-    return PreparedBatch(columns, previews, usable, stacked, bytes_read)
+    keys = [item.key for item in items]
+    return PreparedBatch(keys, columns, previews, usable, stacked, bytes_read)
 
 
 @contextmanager

@@ -25,8 +25,8 @@ def item(number: int, data: bytes | None = None, error: str | None = None) -> So
     if data is None and error is None:
         data = png(number)
     return SourceItem(
-        item_id=f"i{number}", uri=f"#{number}", data=data, caption="", licence=None,
-        rights_holder=None, source=None, extra={"place": number}, error=error,
+        key=f"k{number}", item_id=f"i{number}", uri=f"#{number}", data=data, caption="",
+        licence=None, rights_holder=None, source=None, extra={"place": number}, error=error,
     )  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def test_a_batch_holds_what_the_item_by_item_loop_gives() -> None:
     items = [item(0), item(1, b"no picture"), item(2, error="no such file"), item(3)]
     batch = prepare_batch(items, SIZE)
     assert batch.usable == [0, 3]
+    assert batch.keys == ["k0", "k1", "k2", "k3"]
     assert batch.bytes_read == sum(len(i.data) for i in items if i.data is not None)
     for place, position in enumerate(batch.usable):
         data = items[position].data
