@@ -219,7 +219,7 @@ def inspect(index: Folder) -> None:
     from headwater.index import Catalog, StoredIndex, norm_outliers
 
     stored = StoredIndex.open(index)
-    manifest, summary = stored.manifest, Catalog(stored.items()).summary()
+    manifest, summary = stored.manifest, Catalog(stored).summary()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("items", f"{summary.rows:,}")
     table.add_row("searchable", f"{summary.ok:,}")

@@ -42,12 +42,35 @@ class StoredIndex:
         folder = Path(folder)
         return cls(folder, read_manifest(folder))
 
-    def items(self) -> pa.Table:
-        """Return every item column, one row per position (cached).
+    def items(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return item columns (default: every one, cached), one row per position.
 
         Quarantined and deleted items are among them: `ok_positions` and `live_positions` tell.
         """
-        return self._items
+        return self._items if columns is None else self._read_items(list(columns))
+
+    def items_at(self, positions: npt.ArrayLike) -> pa.Table:
+        """Return the items at `positions`, in that order, every column; reads their parts alone."""
+        distinct, places = np.unique(np.asarray(positions, np.int64), return_inverse=True)
+        self._check_inside(distinct)
+        tables = [self.item_schema.empty_table()]
+        start = 0
+        for shard in self.manifest.shards:
+            low, high = np.searchsorted(distinct, [start, start + shard.items])
+            if low < high:
+                tables.append(self._items_part(shard).take(pa.array(distinct[low:high] - start)))
+            start += shard.items
+        return pa.concat_tables(tables, promote_options="permissive").take(pa.array(places))
+
+    @property
+    def item_schema(self) -> pa.Schema:
+        """Names and types of the item columns, from the footers of the parts."""
+        return pa.unify_schemas(self._item_schemas, promote_options="permissive")
+
+    @property
+    def uniform_items(self) -> bool:
+        """Whether all parts have the same item columns; sources added later may bring others."""
+        return len(self._item_schemas) == 1
 
     @cached_property
     def ok_positions(self) -> Int64:
@@ -129,11 +152,7 @@ class StoredIndex:
         if positions is None:
             return self.ok_positions
         wanted = np.unique(np.asarray(positions, dtype=np.int64))
-        if wanted.size and (wanted[0] < 0 or wanted[-1] >= self.manifest.rows):
-            raise IndexStoreError(
-                f"positions {wanted[0]} to {wanted[-1]} do not lie in {self.folder}, "
-                f"which has rows 0 to {self.manifest.rows - 1}"
-            )
+        self._check_inside(wanted)
         return wanted[self._ok[wanted]]
 
     def curvature(self) -> dict[str, npt.NDArray[Any]]:
@@ -148,7 +167,7 @@ class StoredIndex:
         """Return the previews (WebP bytes) of these items; items without one are left out."""
         found: dict[str, bytes] = {}
         # An id may stand on a deleted row too, with the preview of what it was.
-        living = self._items["item_id"].take(pa.array(self.live_positions))
+        living = self._ids.take(pa.array(self.live_positions))
         places = pc.index_in(pa.array(item_ids, pa.string()), living)
         known = self.live_positions[np.unique(places.drop_null().to_numpy())]
         start = 0
@@ -157,10 +176,9 @@ class StoredIndex:
             start += shard.items
             if low == high:
                 continue
-            here = self._items["item_id"].take(pa.array(known[low:high]))
-            table = self._read_table(
-                self.folder / part_files(shard.name)[2], filters=pc.field("item_id").isin(here)
-            )
+            here = self._ids.take(pa.array(known[low:high]))
+            table = self._read_table(self.folder / part_files(shard.name)[2])
+            table = table.filter(pc.field("item_id").isin(here))
             pairs = zip(table["item_id"].to_pylist(), table["image"].to_pylist(), strict=True)
             found.update(pairs)
         return found
@@ -174,23 +192,65 @@ class StoredIndex:
 
     @cached_property
     def _items(self) -> pa.Table:
-        tables = []
+        return self._read_items()
+
+    @cached_property
+    def _ids(self) -> pa.ChunkedArray:
+        return self._read_items(["item_id"])["item_id"]
+
+    @cached_property
+    def _row_columns(self) -> pa.Table:
+        return self._read_items(["status", "row_norm", "row_weight"])
+
+    def _read_items(self, columns: list[str] | None = None) -> pa.Table:
+        tables = [self._items_part(shard, columns) for shard in self.manifest.shards]
+        if not tables:
+            raise self._empty()
+        return pa.concat_tables(tables, promote_options="permissive")
+
+    def _items_part(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+        path = self.folder / part_files(shard.name)[1]
+        table = self._read_table(path, columns=columns)
+        self._check_count(path, shard, table.num_rows)
+        return table
+
+    @cached_property
+    def _item_schemas(self) -> list[pa.Schema]:
+        """The different schemas of the items parts."""
+        found: list[pq.ParquetSchema] = []
         for shard in self.manifest.shards:
             path = self.folder / part_files(shard.name)[1]
-            table = self._read_table(path)
-            if table.num_rows != shard.items:
-                raise IndexStoreError(
-                    f"{path} has {table.num_rows} items, the manifest says {shard.items}; "
-                    "the index is damaged: ingest again"
-                )
-            tables.append(table)
-        if not tables:
-            raise IndexStoreError(f"{self.folder} holds no items; ingest a corpus into it")
-        return pa.concat_tables(tables, promote_options="permissive")
+            try:
+                footer = pq.read_metadata(path)
+            except (OSError, pa.ArrowException) as error:
+                raise self._damaged(path, error) from error
+            self._check_count(path, shard, footer.num_rows)
+            if not any(footer.schema.equals(other) for other in found):
+                found.append(footer.schema)
+        if not found:
+            raise self._empty()
+        return [schema.to_arrow_schema() for schema in found]
+
+    def _check_count(self, path: Path, shard: Shard, rows: int) -> None:
+        if rows != shard.items:
+            raise IndexStoreError(
+                f"{path} has {rows} items, the manifest says {shard.items}; "
+                "the index is damaged: ingest again"
+            )
+
+    def _check_inside(self, positions: Int64) -> None:
+        if positions.size and (positions[0] < 0 or positions[-1] >= self.manifest.rows):
+            raise IndexStoreError(
+                f"positions {positions[0]} to {positions[-1]} do not lie in {self.folder}, "
+                f"which has rows 0 to {self.manifest.rows - 1}"
+            )
+
+    def _empty(self) -> IndexStoreError:
+        return IndexStoreError(f"{self.folder} holds no items; ingest a corpus into it")
 
     @cached_property
     def _ok(self) -> npt.NDArray[np.bool_]:
-        flags: npt.NDArray[np.bool_] = pc.equal(self._items["status"], "ok").to_numpy()
+        flags: npt.NDArray[np.bool_] = pc.equal(self._row_columns["status"], "ok").to_numpy()
         return flags & self._live
 
     @cached_property
@@ -201,11 +261,11 @@ class StoredIndex:
 
     @cached_property
     def _norms(self) -> Float32:
-        return np.asarray(self._items["row_norm"], dtype=np.float32)
+        return np.asarray(self._row_columns["row_norm"], dtype=np.float32)
 
     @cached_property
     def _weights(self) -> Float32:
-        return np.asarray(self._items["row_weight"], dtype=np.float32)
+        return np.asarray(self._row_columns["row_weight"], dtype=np.float32)
 
     def _load_array(self, path: Path) -> npt.NDArray[Any]:
         try:
@@ -214,9 +274,10 @@ class StoredIndex:
             raise self._damaged(path, error) from error
         return array
 
-    def _read_table(self, path: Path, filters: pc.Expression | None = None) -> pa.Table:
+    def _read_table(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         try:
-            return pq.read_table(path, filters=filters)
+            with pq.ParquetFile(path) as file:  # a third of the time of pq.read_table
+                return file.read(columns)
         except (OSError, pa.ArrowException) as error:
             raise self._damaged(path, error) from error
 

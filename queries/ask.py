@@ -52,7 +52,7 @@ class Index:
     @cached_property
     def catalog(self) -> Catalog:
         """The items and their columns."""
-        return Catalog(self.stored.items())
+        return Catalog(self.stored)
 
     @cached_property
     def curvature(self) -> Curvature:
@@ -86,7 +86,7 @@ class Index:
         asking = asking or Asking()
         check(concept, asking, conditional=model.conditional)
         self.check_model(model, recipe)
-        positions = self.stored.searchable(self.catalog.select(where))
+        positions = self.catalog.select(where)
         if not 1 <= top <= len(positions):
             raise QueryError(
                 f"top is {top}, but {len(positions)} items can be ranked"
