@@ -4,7 +4,11 @@ manifest   what an index holds and with which recipe it was made (`manifest.json
 writer     changes to an index: parts, tombstones, curvature; one commit makes them count
 parts      one part on disk: items, features and previews of the same rows
 reader     an index as it was last committed: items, streamed rows, curvature, previews
-catalog    `--where` expressions over item columns, run in a locked DuckDB
+catalog    `--where` expressions over item columns
+sql        `headwater sql`: whole queries over items and hits, read-only
+duck       the locked DuckDB that both run in
+export     a table as CSV, JSON or Parquet
+verify     whether an index is whole: hashes, counts, the ledger's chain
 outliers   items whose gradient norm stands apart
 search     exact maximum inner product over streamed rows (FAISS)
 ledger     who did what and when, each line hashing the one before
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 from .catalog import Catalog, Summary, filter_positions
 from .errors import IndexStoreError
+from .export import plain_json, write_csv, write_json_rows, write_parquet
 from .manifest import (
     JOB_FILE,
     Manifest,
@@ -31,11 +36,14 @@ from .outliers import Outlier, norm_outliers
 from .parts import EncodedRows, encode_items, merged_schema, save_table, stored_size, write_part
 from .reader import StoredIndex
 from .search import scores, search
+from .sql import sql
+from .verify import Damage, Verification, verify
 from .writer import IndexWriter
 
 __all__ = [
     "JOB_FILE",
     "Catalog",
+    "Damage",
     "EncodedRows",
     "IndexStoreError",
     "IndexWriter",
@@ -44,17 +52,24 @@ __all__ = [
     "Shard",
     "StoredIndex",
     "Summary",
+    "Verification",
     "encode_items",
     "filter_positions",
     "merged_schema",
     "norm_outliers",
     "part_files",
     "part_name",
+    "plain_json",
     "read_manifest",
     "save_table",
     "scores",
     "search",
+    "sql",
     "stored_size",
+    "verify",
+    "write_csv",
+    "write_json_rows",
     "write_manifest",
+    "write_parquet",
     "write_part",
 ]

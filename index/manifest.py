@@ -23,6 +23,10 @@ _SHARD_NAME = re.compile(r"part-(\d{5,})")
 _OTHER_FILE = re.compile(r"curvature/(\d{5,}/)?[A-Za-z0-9_]+\.npy|tombstones/\d{5,}\.npy")
 
 
+class NewerSchemaError(IndexStoreError):
+    """The index was written by a newer Headwater, which may be whole but is not understood."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One committed part: the same rows, in the same order, in items and features."""
@@ -74,8 +78,13 @@ def part_files(name: str) -> tuple[str, str, str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of `folder` atomically."""
+    write_atomically(folder / FILE_NAME, lambda file: file.write(encoded(manifest)))
+
+
+def encoded(manifest: Manifest) -> bytes:
+    """Return the bytes of `manifest.json`."""
     text = json.dumps(asdict(manifest), indent=2, sort_keys=True, allow_nan=False)
-    write_atomically(folder / FILE_NAME, lambda file: file.write(text.encode() + b"\n"))
+    return text.encode() + b"\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -104,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise IndexStoreError(f"{path} is not valid JSON ({error}); ingest again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise IndexStoreError(
+        raise NewerSchemaError(
             f"{path} has schema version {version}, this Headwater reads up to {SCHEMA_VERSION}; "
             "install a newer Headwater"
         )

@@ -6,6 +6,7 @@ is finished or removed by the next one, under the lock.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from .manifest import (
     JOB_FILE,
     Manifest,
     Shard,
+    encoded,
     part_files,
     part_name,
     read_manifest,
@@ -249,6 +251,8 @@ class IndexWriter:
                 "generation": manifest.generation,
                 "rows": manifest.rows - manifest.deleted,
                 "quarantined": manifest.quarantined,
+                # Ties manifest and ledger together: neither can be changed without the other.
+                "manifest_sha256": hashlib.sha256(encoded(manifest)).hexdigest(),
             },
         }
         text = json.dumps(line, allow_nan=False).encode()

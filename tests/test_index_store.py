@@ -354,6 +354,7 @@ def test_how_an_ingest_was_run_stands_in_the_ledger_alone(tmp_path: Path) -> Non
     assert entry["details"] == {
         "devices": ["cuda:0"], "feature_space_id": "space", "generation": 1, "rows": 1,
         "quarantined": 0,
+        "manifest_sha256": hashlib.sha256((tmp_path / "a/manifest.json").read_bytes()).hexdigest(),
     }  # fmt: skip
     a, b = tree_bytes(tmp_path / "a"), tree_bytes(tmp_path / "b")
     assert a.pop("ledger.jsonl") != b.pop("ledger.jsonl")
