@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attribution import Model, ModelError, Recipe, Reward
-    from .index import IndexStoreError
+    from .index import IndexStoreError, Verification, sql, verify
     from .ingest import (
         ColumnNames,
         DeviceError,
@@ -35,6 +35,9 @@ _HOME = {
     "Recipe": "attribution",
     "Reward": "attribution",
     "IndexStoreError": "index",
+    "Verification": "index",
+    "sql": "index",
+    "verify": "index",
     "ColumnNames": "ingest",
     "DeviceError": "ingest",
     "Estimate": "ingest",
@@ -72,8 +75,11 @@ __all__ = [
     "Reward",
     "Section",
     "SourceError",
+    "Verification",
     "build_index",
     "estimate",
+    "sql",
+    "verify",
     "write_report",
 ]
 

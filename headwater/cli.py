@@ -1,4 +1,4 @@
-"""The command `headwater`: ingest, query, inspect, demo, bench."""
+"""The command `headwater`: ingest, query, inspect, sql, verify, demo, bench."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import commands_index
 from .bar import amount, duration, ingest_bar
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measurements that can be replaye
 app.add_typer(bench, name="bench")
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+commands_index.register(app)
 
 OUTLIERS_SHOWN = 5
 
@@ -219,14 +221,15 @@ def inspect(index: Folder) -> None:
     from headwater.index import Catalog, StoredIndex, norm_outliers
 
     stored = StoredIndex.open(index)
-    manifest, summary = stored.manifest, Catalog(stored.items()).summary()
+    manifest, items = stored.manifest, stored.items().take(stored.live_positions)
+    summary = Catalog(stored).summary()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("items", f"{summary.rows:,}")
     table.add_row("searchable", f"{summary.ok:,}")
     table.add_row("quarantined", f"{summary.quarantined:,}")
     for reason, count in summary.reasons.items():
         table.add_row("", escape(f"{count:,} x {reason}"))
-    outliers = norm_outliers(stored.items())
+    outliers = norm_outliers(items)
     table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
     for line in outlier_lines(outliers):
         table.add_row("", escape(line))
@@ -285,6 +288,19 @@ def speed(
         )
     names = tuple(name.strip() for name in models.split(","))
     run(target, names, device, partial(print, flush=True))
+
+
+@bench.command("sql")
+def bench_sql(
+    items: Annotated[int, typer.Option(min=1, help="Of the index that is made.")] = 1_000_000,
+    folder: Annotated[
+        Path | None, typer.Option("--in", help="Keep the index here.", show_default=False)
+    ] = None,
+) -> None:
+    """Time filters over the items of a large index and joins with the hits of a result."""
+    from headwater.benchmarks.sql_bench import run
+
+    run(items, folder, partial(print, flush=True))
 
 
 @contextmanager

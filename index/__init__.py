@@ -1,13 +1,19 @@
 """Rows on disk and how to search them: numpy, pyarrow, duckdb and faiss; no torch.
 
 manifest   what an index holds and with which recipe it was made (`manifest.json`)
-writer     a new index, shard by shard: items, features, previews, curvature
-reader     a finished index: items, streamed rows, curvature, previews
-catalog    `--where` expressions over item columns, run in a locked DuckDB
+writer     changes to an index: parts, tombstones, curvature; one commit makes them count
+parts      one part on disk: items, features and previews of the same rows
+reader     an index as it was last committed: items, streamed rows, curvature, previews
+catalog    `--where` expressions over item columns
+sql        `headwater sql`: whole queries over items and hits, read-only
+duck       the locked DuckDB that both run in
+export     a table as CSV, JSON or Parquet
+verify     whether an index is whole: hashes, counts, the ledger's chain
 outliers   items whose gradient norm stands apart
 search     exact maximum inner product over streamed rows (FAISS)
 ledger     who did what and when, each line hashing the one before
 rows       a feature row as stored: a unit vector in half precision and its length
+lock       one writer at a time
 files      durable writing: temporary name, fsync, rename
 errors     `IndexStoreError`, for what a user can mend
 """
@@ -16,14 +22,29 @@ from __future__ import annotations
 
 from .catalog import Catalog, Summary, filter_positions
 from .errors import IndexStoreError
-from .manifest import Manifest, Shard, read_manifest, write_manifest
+from .export import plain_json, write_csv, write_json_rows, write_parquet
+from .manifest import (
+    JOB_FILE,
+    Manifest,
+    Shard,
+    part_files,
+    part_name,
+    read_manifest,
+    write_manifest,
+)
 from .outliers import Outlier, norm_outliers
+from .parts import EncodedRows, encode_items, merged_schema, save_table, stored_size, write_part
 from .reader import StoredIndex
 from .search import scores, search
-from .writer import IndexWriter, stored_size
+from .sql import sql
+from .verify import Damage, Verification, verify
+from .writer import IndexWriter
 
 __all__ = [
+    "JOB_FILE",
     "Catalog",
+    "Damage",
+    "EncodedRows",
     "IndexStoreError",
     "IndexWriter",
     "Manifest",
@@ -31,11 +52,24 @@ __all__ = [
     "Shard",
     "StoredIndex",
     "Summary",
+    "Verification",
+    "encode_items",
     "filter_positions",
+    "merged_schema",
     "norm_outliers",
+    "part_files",
+    "part_name",
+    "plain_json",
     "read_manifest",
+    "save_table",
     "scores",
     "search",
+    "sql",
     "stored_size",
+    "verify",
+    "write_csv",
+    "write_json_rows",
     "write_manifest",
+    "write_parquet",
+    "write_part",
 ]

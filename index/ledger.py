@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,80 @@ def append(folder: Path, event: str, details: Mapping[str, Any]) -> dict[str, An
         file.flush()
         os.fsync(file.fileno())
     return entry
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of the ledger, without those that a crash cut short."""
+    path = folder / FILE_NAME
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("details"), dict):
+            found.append(entry)
+    return found
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a ledger is worth."""
+
+    lines: int
+    head: str  # hash of the last line that can be read; 64 zeros without any
+    problems: tuple[str, ...]  # each names its line, from 1
+
+
+def check(folder: Path) -> Chain:
+    """Check the chain of a ledger: each line's own hash, and that of the line before.
+
+    An edited, removed, inserted or moved line is found, and a last line that is cut short; lines
+    removed from the end are not: nothing in the file says that they were there. A piece that a
+    crash left inside is no problem, as the line after it hashes it.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return Chain(0, NO_PREVIOUS, ("it is missing",))
+    text = path.read_bytes()
+    lines = text.splitlines()
+    problems, head, previous = [], NO_PREVIOUS, NO_PREVIOUS
+    cut_short = 0  # the number of the line before, when it is only a piece
+    for number, line in enumerate(lines, start=1):
+        entry = _entry(line)
+        if entry is None:
+            if cut_short:
+                problems.append(f"line {cut_short} is no entry of a ledger")
+            cut_short = number
+        else:
+            own = {name: value for name, value in entry.items() if name != "hash"}
+            if entry["hash"] != hashlib.sha256(_canonical(own)).hexdigest():
+                problems.append(f"line {number} is not what was written: its own hash differs")
+            elif entry["previous"] != previous:
+                where = f"line {cut_short}" if cut_short else f"line {number}"
+                problems.append(
+                    f"{where} is not what was written, or lines before line {number} are missing: "
+                    f"line {number} hashes another line before it"
+                )
+            head, cut_short = entry["hash"], 0
+        previous = hashlib.sha256(line).hexdigest()
+    if cut_short:
+        problems.append(f"line {cut_short} is cut short or overwritten")
+    elif text and not text.endswith(b"\n"):
+        problems.append(f"line {len(lines)} has lost its end")
+    if not lines:
+        problems.append("it is empty")
+    return Chain(len(lines), head, tuple(problems))
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Return a line as it was written, or None: not whole, or not in canonical form."""
+    try:
+        entry = json.loads(line)
+        whole = isinstance(entry, dict) and {"hash", "previous"} <= set(entry)
+        return entry if whole and _canonical(entry) == line else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _canonical(entry: Mapping[str, Any]) -> bytes:

@@ -1,15 +1,22 @@
-"""A new index, shard by shard: items, features, previews, curvature, the manifest last."""
+"""Changes to an index: parts, tombstones and curvature written beside, one commit makes them count.
+
+A crash at any instant leaves the state before or after a commit. What a killed writer left behind
+is finished or removed by the next one, under the lock.
+"""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,32 +26,54 @@ import pyarrow.parquet as pq
 from . import ledger
 from .errors import IndexStoreError
 from .files import write_atomically
-from .manifest import FILE_NAME, Manifest, Shard, write_manifest
-from .rows import Float32, decode_rows, encode_rows
+from .lock import FILE_NAME as LOCK_FILE
+from .lock import WriteLock
+from .manifest import (
+    FILE_NAME,
+    JOB_FILE,
+    Manifest,
+    Shard,
+    encoded,
+    part_files,
+    part_name,
+    read_manifest,
+    write_manifest,
+)
+from .parts import encode_items, merged_schema, write_part
+from .rows import Float32, decode_rows
 
-REQUIRED_COLUMNS = ("item_id", "status", "error")
+# The ledger's line of a commit, kept until it stands there: a crash cannot lose it.
+COMMIT_FILE = "commit.json"
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_]+")
+_PART = re.compile(r"part-(\d{5,})\.(?:npy|parquet)")
+_PART_FOLDERS = ("features", "items", "thumbs")
 
 
 class IndexWriter:
-    """Writes one index from the start to the end; made by `IndexWriter.create`.
+    """The one writer of an index, made by `create` or `open`; it holds the lock until its end.
 
-    >>> writer = IndexWriter.create("idx", feature_space_id="...", recipe={...}, dim=4096)
-    >>> effective = writer.add_shard(items, rows, thumbs)   # as often as there are batches
-    >>> writer.write_curvature({"gram": gram})
-    >>> writer.finish()
+    >>> with IndexWriter.create("idx", feature_space_id="...", recipe={...}, dim=4096) as writer:
+    ...     effective = writer.add_shard(items, rows, thumbs)  # as often as wanted
+    ...     writer.write_curvature({"gram": gram})
+    ...     writer.finish()
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Use `IndexWriter.create`, which checks the folder."""
-        self._folder = folder
+    def __init__(
+        self, folder: Path, manifest: Manifest, lock: WriteLock, *, new: bool, made: bool = False
+    ) -> None:
+        """Use `IndexWriter.create` or `IndexWriter.open`, which take the lock."""
+        self.folder = folder
+        self.new = new  # nothing was ever committed
+        self._lock = lock
+        self._made = made  # the folder is of our making
+        self._committed = manifest
         self._manifest = manifest
         self._schema: pa.Schema | None = None
-        self._item_ids: set[str] = set()
+        self._item_ids: set[str] | None = None
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest as last written."""
+        """The manifest as it would be committed now."""
         return self._manifest
 
     @classmethod
@@ -56,23 +85,87 @@ class IndexWriter:
         recipe: Mapping[str, Any],
         dim: int,
     ) -> IndexWriter:
-        """Start an index in `folder`, which must not exist yet or be empty.
+        """Start an index in `folder`: absent, empty, or with an ingest that was cut short.
 
-        `recipe` must be JSON; `dim` is the length of a feature row. Until `finish`, the manifest
-        says `complete: false` and readers refuse the index.
+        `recipe` must be JSON; `dim` is the length of a feature row. Until `finish` there is no
+        manifest, and readers refuse the folder.
+
+        Raises:
+            IndexStoreError: the folder holds an index or something else, cannot be written to, or
+                is being written by somebody else.
         """
         folder = Path(folder)
         _check_new_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = json.loads(json.dumps(dict(recipe), allow_nan=False))
-        manifest = Manifest(feature_space_id=feature_space_id, recipe=plain, dim=dim)
-        write_manifest(folder, manifest)
-        return cls(folder, manifest)
+        existed = folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise IndexStoreError(
+                f"{folder} cannot be made ({error.strerror}); choose another --out"
+            ) from error
+        lock = WriteLock(folder)
+        try:
+            _check_new_folder(folder)  # another writer may have finished meanwhile
+            plain = json.loads(json.dumps(dict(recipe), allow_nan=False))
+            manifest = Manifest(feature_space_id=feature_space_id, recipe=plain, dim=dim)
+            _settle(folder, None)
+        except BaseException:
+            lock.release(remove=not existed)
+            raise
+        return cls(folder, manifest, lock, new=True, made=not existed)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> IndexWriter:
+        """Open the index in `folder` for a change; finish or remove what a killed writer left.
+
+        Raises:
+            IndexStoreError: no index, one that is damaged or too new, a folder that cannot be
+                written to, or somebody else is writing.
+        """
+        folder = Path(folder)
+        read_manifest(folder)  # before a lock file is made in a folder that is no index
+        lock = WriteLock(folder)
+        try:
+            manifest = read_manifest(folder)
+            _settle(folder, manifest)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(folder, manifest, lock, new=False)
+
+    def __enter__(self) -> IndexWriter:
+        """The writer itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go of the lock; what was not committed is as if it had never been."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock, and of a folder in which nothing was begun."""
+        untouched = self.new and _only_lock(self.folder)
+        self._lock.release(remove=untouched)
+        if untouched and self._made:
+            with suppress(OSError):  # somebody else begins there now
+                self.folder.rmdir()
+
+    def unfinished_job(self) -> bool:
+        """Whether an ingest into this index was cut short; its parts wait for its end."""
+        return _job_is_open(self.folder, self._committed)
+
+    def tidy(self) -> None:
+        """Remove what neither the manifest nor an unfinished job lists, after a job was dropped."""
+        _remove_unlisted(self.folder, None if self.new else self._committed)
 
     def add_shard(
         self, items: pa.Table, rows: npt.NDArray[np.float32], thumbs: pa.Table
     ) -> Float32:
-        """Commit one shard and return its rows as they will be read back.
+        """Write the next part and return its rows as they will be read back.
 
         items   one row per item: `item_id` (unique in the index), `status` ('ok' or
                 'quarantined'), `error` (the reason, null when ok), optionally `row_weight`
@@ -84,174 +177,190 @@ class IndexWriter:
         `row_weight`: what the curvature must be accumulated from. Raises IndexStoreError when an
         'ok' row is not finite or all zero; quarantine such an item first.
         """
-        name = f"part-{len(self._manifest.shards):05d}"
-        ok = self._check_items(name, items)
-        rows = self._check_rows(name, items, rows, ok)
-        if thumbs.column_names != ["item_id", "image"]:
-            raise IndexStoreError(
-                f"{name}: previews have columns {thumbs.column_names}, need ['item_id', 'image']"
-            )
-        units, norms = encode_rows(rows)
-        if not np.isfinite(norms).all() or (norms[ok] == 0).any():
-            raise IndexStoreError(
-                f"{name}: a feature row is too long or too short for single precision; "
-                "quarantine the item before it is stored"
-            )
-        weights = np.ones(len(rows), np.float32)
-        if "row_weight" in items.column_names:
-            weights = items["row_weight"].to_numpy().astype(np.float32)
-            items = items.drop_columns(["row_weight"])
-            if not np.isfinite(weights[ok]).all():
-                raise IndexStoreError(f"{name}: row_weight is missing or not finite")
-            weights[~ok] = 1.0
-        if "row_norm" in items.column_names:
-            items = items.drop_columns(["row_norm"])
-        items = items.append_column("row_norm", pa.array(norms))
-        items = items.append_column("row_weight", pa.array(weights))
-        schema = self._merged_schema(name, items.schema)
-
-        # Features before items before previews; the manifest, which makes them count, at the end.
-        writes: dict[str, Callable[[BinaryIO], None]] = {
-            f"features/{name}.npy": partial(np.save, arr=units, allow_pickle=False),
-            f"items/{name}.parquet": partial(_save_table, items),
-            f"thumbs/{name}.parquet": partial(_save_table, thumbs),
-        }
-        files = {
-            path: write_atomically(self._folder / path, write) for path, write in writes.items()
-        }
-        shard = Shard(name, items.num_rows, int((~ok).sum()), files)
-        self._commit(
-            replace(
-                self._manifest,
-                shards=(*self._manifest.shards, shard),
-                rows=self._manifest.rows + shard.items,
-                quarantined=self._manifest.quarantined + shard.quarantined,
-            )
-        )
-        self._schema = schema
-        self._item_ids.update(items["item_id"].to_pylist())
-        return decode_rows(units, norms)
-
-    def write_curvature(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write each array to `curvature/NAME.npy`; a name written before is replaced."""
-        files = dict(self._manifest.files)
-        for name, array in arrays.items():
-            if not _ARRAY_NAME.fullmatch(name):
-                raise IndexStoreError(f"curvature array {name!r}: use letters, digits and _ only")
-            path = f"curvature/{name}.npy"
-            files[path] = write_atomically(
-                self._folder / path, partial(np.save, arr=array, allow_pickle=False)
-            )
-        self._commit(replace(self._manifest, files=files))
-
-    def finish(self, details: Mapping[str, Any] | None = None) -> None:
-        """Mark the index complete: from now on it can be opened for reading.
-
-        `details` (JSON) is noted in the ledger beside the counts: how the ingest was run, which
-        says nothing about what the rows are and so stands in no other file.
-        """
-        self._commit(replace(self._manifest, complete=True))
-        ledger.append(
-            self._folder,
-            "ingest",
-            {
-                **(details or {}),
-                "feature_space_id": self._manifest.feature_space_id,
-                "rows": self._manifest.rows,
-                "quarantined": self._manifest.quarantined,
-            },
-        )
-
-    def _commit(self, manifest: Manifest) -> None:
-        write_manifest(self._folder, manifest)
-        self._manifest = manifest
-
-    def _check_items(self, name: str, items: pa.Table) -> npt.NDArray[np.bool_]:
-        """Return which items are 'ok', after checking the columns every index needs."""
-        missing = [column for column in REQUIRED_COLUMNS if column not in items.column_names]
-        if missing:
-            raise IndexStoreError(f"{name}: items have no column {', '.join(missing)}")
-        if items.num_rows == 0:
-            raise IndexStoreError(f"{name}: a shard needs at least one item")
-        ids = items["item_id"].to_pylist()
-        if not all(isinstance(item_id, str) and item_id for item_id in ids):
-            raise IndexStoreError(f"{name}: an item_id is missing or no text; every item needs one")
-        seen = set(self._item_ids)
-        for item_id in ids:
+        name = part_name(self._manifest.next_part)
+        encoded = encode_items(name, items, rows, self._manifest.dim)
+        seen = self._known_ids()
+        for item_id in items["item_id"].to_pylist():
             if item_id in seen:
                 raise IndexStoreError(
                     f"{name}: item_id {item_id!r} occurs twice; ids must be unique in an index"
                 )
             seen.add(item_id)
-        status = items["status"].to_pylist()
-        errors = items["error"].to_pylist()
-        for item_id, state, error in zip(ids, status, errors, strict=True):
-            if state not in ("ok", "quarantined"):
-                raise IndexStoreError(
-                    f"{name}: item {item_id!r} has status {state!r}, not 'ok' or 'quarantined'"
-                )
-            if (state == "ok") != (error is None):
-                raise IndexStoreError(
-                    f"{name}: item {item_id!r} has status {state!r} and error {error!r}; "
-                    "a quarantined item states its reason, an ok item none"
-                )
-        return np.array([state == "ok" for state in status], dtype=np.bool_)
+        self._schema = merged_schema(name, self._schema, encoded.items.schema)
+        self.add_parts(
+            [write_part(self.folder, name, encoded, thumbs)], self.manifest.next_part + 1
+        )
+        self._item_ids = seen
+        norms = encoded.items["row_norm"].to_numpy()
+        return decode_rows(encoded.units, norms)
 
-    def _check_rows(
-        self,
-        name: str,
-        items: pa.Table,
-        rows: npt.NDArray[np.float32],
-        ok: npt.NDArray[np.bool_],
-    ) -> Float32:
-        expected = (items.num_rows, self._manifest.dim)
-        if rows.shape != expected:
-            raise IndexStoreError(f"{name}: rows have shape {rows.shape}, need {expected}")
-        rows = np.where(ok[:, None], rows, 0).astype(np.float32)
-        finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
-        for position in np.flatnonzero(ok & ~(finite & rows.any(axis=1))).tolist():
-            problem = "not finite" if not finite[position] else "all zero"
-            raise IndexStoreError(
-                f"{name}: the feature row of item {items['item_id'][position].as_py()!r} is "
-                f"{problem}; quarantine the item before it is stored"
+    def add_parts(self, shards: Sequence[Shard], next_part: int) -> None:
+        """Let parts that lie written in the folder count from the commit on, in this order."""
+        self._manifest = replace(
+            self._with_shards((*self._manifest.shards, *shards)), next_part=next_part
+        )
+
+    def replace_parts(self, rewritten: Mapping[str, Shard | None], next_part: int) -> None:
+        """Put new parts in the places of old ones, or nothing; no tombstone remains.
+
+        `rewritten` gives for every part with a deleted row what takes its place.
+        """
+        shards = (rewritten.get(shard.name, shard) for shard in self._manifest.shards)
+        kept = tuple(shard for shard in shards if shard is not None)
+        self._manifest = replace(
+            self._with_shards(kept),
+            next_part=next_part,
+            deleted=0,
+            files=_without(self._manifest.files, "tombstones"),
+        )
+
+    def write_tombstones(self, positions: npt.NDArray[np.int64]) -> None:
+        """State the positions of all deleted rows of the index, ascending and each once."""
+        if not len(positions):
+            return
+        path = f"tombstones/{self._next_generation()}.npy"
+        digest = write_atomically(
+            self.folder / path, partial(np.save, arr=positions, allow_pickle=False)
+        )
+        files = _without(self._manifest.files, "tombstones") | {path: digest}
+        self._manifest = replace(self._manifest, files=files, deleted=len(positions))
+
+    def write_curvature(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write a new generation of curvature; nothing of the one before remains in it."""
+        if wrong := next((name for name in arrays if not _ARRAY_NAME.fullmatch(name)), None):
+            raise IndexStoreError(f"curvature array {wrong!r}: use letters, digits and _ only")
+        files = _without(self._manifest.files, "curvature")
+        for name, array in arrays.items():
+            path = f"curvature/{self._next_generation()}/{name}.npy"
+            files[path] = write_atomically(
+                self.folder / path, partial(np.save, arr=array, allow_pickle=False)
             )
-        return rows
+        self._manifest = replace(self._manifest, files=files)
 
-    def _merged_schema(self, name: str, schema: pa.Schema) -> pa.Schema:
-        """Return the common schema of the shards so far: readers lay them end to end."""
-        if self._schema is None:
-            return schema
-        try:
-            return pa.unify_schemas([self._schema, schema], promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise IndexStoreError(
-                f"{name}: its items do not fit those of earlier shards ({reason}); "
-                "give each column one type throughout the source"
-            ) from error
+    def finish(self, details: Mapping[str, Any] | None = None, *, event: str = "ingest") -> None:
+        """Commit: from now on the index is what was written. Lets go of the lock.
+
+        `details` (JSON) is noted in the ledger beside the counts: how the change was made, which
+        says nothing about what the rows are and so stands in no other file.
+        """
+        manifest = replace(self._manifest, generation=self._committed.generation + 1)
+        line = {
+            "event": event,
+            "details": {
+                **(details or {}),
+                "feature_space_id": manifest.feature_space_id,
+                "generation": manifest.generation,
+                "rows": manifest.rows - manifest.deleted,
+                "quarantined": manifest.quarantined,
+                # Ties manifest and ledger together: neither can be changed without the other.
+                "manifest_sha256": hashlib.sha256(encoded(manifest)).hexdigest(),
+            },
+        }
+        text = json.dumps(line, allow_nan=False).encode()
+        write_atomically(self.folder / COMMIT_FILE, lambda file: file.write(text))
+        write_manifest(self.folder, manifest)
+        self._committed = self._manifest = manifest
+        self.new = False
+        _settle(self.folder, manifest)
+        self.close()
+
+    def note(self, event: str, details: Mapping[str, Any]) -> None:
+        """Write a line to the ledger about something that changed nothing else."""
+        ledger.append(self.folder, event, details)
+
+    def _next_generation(self) -> str:
+        return f"{self._committed.generation + 1:05d}"
+
+    def _with_shards(self, shards: tuple[Shard, ...]) -> Manifest:
+        return replace(
+            self._manifest,
+            shards=shards,
+            rows=sum(shard.items for shard in shards),
+            quarantined=sum(shard.quarantined for shard in shards),
+        )
+
+    def _known_ids(self) -> set[str]:
+        if self._item_ids is None:
+            self._item_ids = set()
+            for shard in self._manifest.shards:
+                table = pq.read_table(self.folder / part_files(shard.name)[1])
+                self._schema = merged_schema(shard.name, self._schema, table.schema)
+                self._item_ids.update(table["item_id"].to_pylist())
+        return set(self._item_ids)
 
 
 def _check_new_folder(folder: Path) -> None:
-    """Raise IndexStoreError unless an index can be started in `folder`: absent or empty."""
+    """Raise IndexStoreError unless an index can be started in `folder`."""
     if (folder / FILE_NAME).exists():
         raise IndexStoreError(
             f"{folder} already holds an index; choose another --out or delete that folder first"
         )
     if folder.exists() and not folder.is_dir():
         raise IndexStoreError(f"{folder} is a file, not a folder; choose another --out")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not _only_lock(folder) and not (folder / "job").is_dir():
         raise IndexStoreError(
             f"{folder} exists, is not empty and is no index; choose a new or empty folder as --out"
         )
 
 
-def stored_size(table: pa.Table) -> int:
-    """Return the bytes that a table of items or previews takes on disk."""
-    file = io.BytesIO()
-    _save_table(table, file)
-    return file.getbuffer().nbytes
+def _only_lock(folder: Path) -> bool:
+    return all(path.name == LOCK_FILE for path in folder.iterdir())
 
 
-def _save_table(table: pa.Table, file: BinaryIO) -> None:
-    # Schema metadata (pandas' for instance) may differ between equal tables: leave it out.
-    pq.write_table(table.replace_schema_metadata(None), file, compression="zstd")
+def _without(files: Mapping[str, str], top: str) -> dict[str, str]:
+    return {name: digest for name, digest in files.items() if not name.startswith(f"{top}/")}
+
+
+# After a crash ------------------------------------------------------------------------------------
+
+
+def _settle(folder: Path, manifest: Manifest | None) -> None:
+    """Finish what was committed, remove what was not; `manifest` is None in a new index."""
+    path = folder / COMMIT_FILE
+    if path.exists():
+        line = json.loads(path.read_bytes())
+        generation = line["details"]["generation"]
+        if manifest is not None and manifest.generation == generation:
+            noted = ledger.entries(folder)
+            if not any(entry["details"].get("generation") == generation for entry in noted):
+                ledger.append(folder, line["event"], line["details"])
+        path.unlink()
+    _remove_unlisted(folder, manifest)
+    if not _job_is_open(folder, manifest):
+        shutil.rmtree((folder / JOB_FILE).parent, ignore_errors=True)
+
+
+def _remove_unlisted(folder: Path, manifest: Manifest | None) -> None:
+    """Remove what looks like a file of ours and counts neither now nor for an unfinished job."""
+    listed = set(manifest.all_files()) if manifest is not None else set()
+    job_is_open = _job_is_open(folder, manifest)
+    next_part = manifest.next_part if manifest is not None else 0
+    for top in ("curvature", "tombstones", *_PART_FOLDERS):
+        for path in sorted((folder / top).rglob("*"), reverse=True):  # files before their folder
+            if path.is_dir():
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+                continue
+            if path.relative_to(folder).as_posix() in listed:
+                continue
+            number = _PART.fullmatch(path.name)
+            ours = top not in _PART_FOLDERS or number is not None
+            waits = number is not None and job_is_open and int(number[1]) >= next_part
+            if (ours and not waits) or path.name.endswith(".writing"):
+                path.unlink()
+        with suppress(OSError):
+            (folder / top).rmdir()
+    for cut_short in (*folder.glob("*.writing"), *folder.glob("job/**/*.writing")):
+        cut_short.unlink()
+
+
+def _job_is_open(folder: Path, manifest: Manifest | None) -> bool:
+    """Whether the job that lies there still waits for its end; a committed one does not."""
+    path = folder / JOB_FILE
+    if not path.exists():
+        return False
+    try:
+        first_part = int(json.loads(path.read_bytes())["first_part"])
+    except (ValueError, KeyError, TypeError):
+        return True  # whoever goes on with it will see
+    return manifest is None or first_part >= manifest.next_part

@@ -2,6 +2,7 @@
 
 sources    a corpus as a stream of items, selected by SQL
 listing    what lies at a path: Parquet, image folders, their metadata
+signature  what a source is, to tell whether it has changed
 columns    which column is the image, the caption, the licence
 images     fingerprints and previews
 prepare    items decoded and fitted, a few batches ahead of the device
@@ -23,7 +24,8 @@ from .estimate import Estimate, estimate
 from .images import fingerprints, thumbnail
 from .job import IngestSummary, build_index
 from .progress import Progress, ProgressCallback
-from .sources import Source, SourceItem, open_source
+from .signature import Signature, difference
+from .sources import Source, SourceItem, open_source, unique_ids
 
 __all__ = [
     "ColumnNames",
@@ -32,14 +34,17 @@ __all__ = [
     "IngestSummary",
     "Progress",
     "ProgressCallback",
+    "Signature",
     "Source",
     "SourceError",
     "SourceItem",
     "build_index",
     "devices_named",
+    "difference",
     "estimate",
     "fingerprints",
     "kind_of",
     "open_source",
     "thumbnail",
+    "unique_ids",
 ]

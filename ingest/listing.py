@@ -11,7 +11,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A file that holds records of a corpus, their images in it."""
+
+    name: str  # relative to the corpus
+    path: Path
+    first: int  # position of its first record
+    stop: int  # one past its last
+
+
+@dataclass(frozen=True)
 class Listing:
     """The records of a corpus before selection; positions count its records from 0."""
 
@@ -48,6 +59,8 @@ class Listing:
     # Yields the image cell (bytes, {bytes, path}, path or None) at each ascending position.
     cells: Callable[[npt.NDArray[np.int64]], Iterator[Any]]
     keyed_by_uri: bool  # records without an id column are identified by their uri
+    uris_repeat: bool = False  # one image may stand in several records
+    shards: tuple[Shard, ...] = ()  # files with records in them; none where each image is a file
     errors: Mapping[int, str] = field(default_factory=dict)  # position -> why it cannot be used
 
 
@@ -74,6 +87,30 @@ def read_listing(path: Path, asked: ColumnNames) -> Listing:
             "give a folder that does"
         )
     return _image_folder_listing(path, images, asked)
+
+
+def image_path(cell: Any, base: Path) -> Path | None:
+    """Return where the image of a cell lies, if the cell is a path."""
+    if isinstance(cell, dict):  # the Hugging Face Image feature
+        cell = None if cell.get("bytes") is not None else cell.get("path")
+    return base / cell if isinstance(cell, str) and cell else None
+
+
+def load(cell: Any, base: Path) -> tuple[bytes | None, str | None]:
+    """Return (image bytes of a cell, None) or (None, why there are none)."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(content, bytes):
+        return content, None
+    path = image_path(cell, base)
+    if path is None:
+        return None, "no image in this record"
+    name = cell["path"] if isinstance(cell, dict) else cell
+    try:
+        if not path.is_file():
+            return None, f"no such image file: {name}"
+        return path.read_bytes(), None
+    except OSError as error:
+        return None, f"image file cannot be read ({error.strerror}): {name}"
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -119,31 +156,36 @@ def _parquet_listing(root: Path, paths: list[Path], asked: ColumnNames) -> Listi
     table = table.select([name for name in textual if name in table.column_names])
     starts = np.cumsum([0, *(file.metadata.num_rows for file in files)])
 
-    def locate(position: int) -> tuple[Path, int]:
-        number = int(np.searchsorted(starts, position, side="right")) - 1
-        return paths[number], position - int(starts[number])
+    shards = tuple(
+        Shard(path.name if path == root else path.relative_to(root).as_posix(), path, first, stop)
+        for path, (first, stop) in zip(paths, pairwise(starts.tolist()), strict=True)
+    )
+
+    def locate(position: int) -> Shard:
+        return shards[int(np.searchsorted(starts, position, side="right")) - 1]
 
     def uri(position: int) -> str:
-        path, row = locate(position)
-        return f"{path.name if path == root else path.relative_to(root).as_posix()}#{row}"
+        shard = locate(position)
+        return f"{shard.name}#{position - shard.first}"
 
     def cells(positions: npt.NDArray[np.int64]) -> Iterator[Any]:
-        for path, file, start in zip(paths, files, starts.tolist()[:-1], strict=True):
-            low, high = np.searchsorted(positions, [start, start + file.metadata.num_rows])
+        for shard, file in zip(shards, files, strict=True):
+            low, high = np.searchsorted(positions, [shard.first, shard.stop])
             try:
-                yield from _parquet_cells(file, image, positions[low:high] - start)
+                yield from _parquet_cells(file, image, positions[low:high] - shard.first)
             except (OSError, pa.ArrowException) as error:
-                raise _damaged(path, error) from error
+                raise _damaged(shard.path, error) from error
 
     return Listing(
         rows=int(starts[-1]),
         schema=schema,
         table=table,
         names=names,
-        base=lambda position: locate(position)[0].parent,
+        base=lambda position: locate(position).path.parent,
         uri=uri,
         cells=cells,
         keyed_by_uri=False,
+        shards=shards,
     )
 
 
@@ -239,7 +281,7 @@ def _metadata_listing(
     bases = [
         file.parent for file, part in zip(files, tables, strict=True) for _ in range(part.num_rows)
     ]
-    listing = _path_listing(root, table, bases, names, {})
+    listing = replace(_path_listing(root, table, bases, names, {}), uris_repeat=True)
     listed = {
         os.path.normpath(base / name)
         for base, name in zip(bases, table[image].to_pylist(), strict=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headwater.index import IndexStoreError, filter_positions
 
 from .columns import ColumnNames, dropped_columns, flag, kept_columns
 from .errors import SourceError
-from .listing import Listing, read_listing
+from .listing import Listing, load, read_listing
+from .signature import Signature, signature
 
-__all__ = ["ColumnNames", "Source", "SourceItem", "open_source"]
+__all__ = ["ColumnNames", "Source", "SourceItem", "open_source", "unique_ids"]
 
 _ROWS_AT_ONCE = 256
 _log = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ _log = logging.getLogger(__name__)
 class SourceItem:
     """One training image with what is known about it. Either `data` or `error` is set."""
 
-    item_id: str  # unique in its source, the same whatever the row's position
+    key: str  # what the record says it is: its id, its path, or a hash of image and caption
+    item_id: str  # the key, told apart where keys of the table repeat
     uri: str  # where it lies, relative to the source: "cats/1.png", "train.parquet#17"
     data: bytes | None  # the encoded image; None when it could not be found
     caption: str
@@ -71,39 +74,55 @@ class Source:
         return len(self.positions)
 
     def __iter__(self) -> Iterator[SourceItem]:
-        """Yield the items in the order of the corpus, few image bytes in memory at a time."""
-        cells = self.listing.cells(self.positions)
-        ids = _Ids(self._given_ids())
+        """Yield the items in the order of the corpus, each id once, little in memory at a time."""
+        ids = _Ids(frozenset())
+        for item in self.part(0, len(self)):
+            yield replace(item, item_id=ids.claim(item.item_id)[0])
+
+    def part(self, start: int, stop: int) -> Iterator[SourceItem]:
+        """Yield the items `start` to `stop` - 1 of the selection; a Parquet row group is the least
+        that is read.
+
+        An item is the same whatever part it is read with. So `item_id` may repeat between items
+        whose identity is their content (no id column, images in the table): `unique_ids` over all
+        of them, in order, tells them apart.
+        """
+        positions = self.positions[start:stop]
+        cells = self.listing.cells(positions)
         kept = kept_columns(self.listing.schema, self.names)
-        for first in range(0, len(self.positions), _ROWS_AT_ONCE):
-            chunk = self.positions[first : first + _ROWS_AT_ONCE]
+        place = start
+        for first in range(0, len(positions), _ROWS_AT_ONCE):
+            chunk = positions[first : first + _ROWS_AT_ONCE]
             taken = self.listing.table.take(pa.array(chunk))
             records = taken.to_pylist() if taken.num_columns else [{} for _ in chunk]
             for position, record in zip(chunk.tolist(), records, strict=True):
-                yield self._item(position, record, next(cells), ids, kept)
+                yield self._item(place, position, record, next(cells), kept)
+                place += 1
+
+    def signature(self, known: Signature | None = None) -> Signature:
+        """Return what this source is, to tell whether it is still the same; see `signature`."""
+        return signature(self.listing, self.positions, known)
 
     def _item(
-        self, position: int, record: dict[str, Any], cell: Any, ids: _Ids, kept: dict[str, str]
+        self, place: int, position: int, record: dict[str, Any], cell: Any, kept: dict[str, str]
     ) -> SourceItem:
         names, listing = self.names, self.listing
-        data, error = _load(cell, listing.base(position))
+        data, error = load(cell, listing.base(position))
         error = listing.errors.get(position, error)
         is_path = isinstance(cell, str) and bool(cell)
         # A listing of paths knows its uris; elsewhere a path says more than a row number.
         uri = cell if is_path and not listing.keyed_by_uri else listing.uri(position)
         caption = _text(record, names.caption) or ""
-        given = _text(record, names.id) if names.id is not None else None
-        if given:
-            item_id, repeated = ids.claim(given)
-            if repeated:
-                error = error or f"duplicate item id {given!r}"
-        else:
+        key = _text(record, names.id) if names.id is not None else None
+        if not key:
             key = uri if listing.keyed_by_uri else _content_key(data, uri, caption)
-            item_id, _ = ids.claim(key)
             if names.id is not None:
                 error = error or f"no item id in column {names.id!r}"
+        elif place in self._repeats:
+            error = error or f"duplicate item id {key!r}"
         return SourceItem(
-            item_id=item_id,
+            key=key,
+            item_id=self._repeats.get(place, key),
             uri=uri,
             data=None if error else data,
             caption=caption,
@@ -114,11 +133,33 @@ class Source:
             error=error,
         )
 
-    def _given_ids(self) -> set[str]:
-        if self.names.id is None:
-            return set()
-        column = self.listing.table[self.names.id].take(pa.array(self.positions))
-        return {str(value) for value in column.to_pylist() if value is not None}
+    @cached_property
+    def _repeats(self) -> dict[int, str]:
+        """{place in the selection: id} where an id from the table, or a uri, came before."""
+        if self.names.id is not None:
+            column = self.listing.table[self.names.id].take(pa.array(self.positions))
+            if len(pc.unique(column.drop_null())) == len(column) - column.null_count:
+                return {}
+            wanted = [None if value is None else str(value) for value in column.to_pylist()]
+        elif self.listing.uris_repeat:
+            wanted = [self.listing.uri(position) for position in self.positions.tolist()]
+        else:
+            return {}
+        ids = _Ids(frozenset(name for name in wanted if name))
+        claims = ((place, ids.claim(name)) for place, name in enumerate(wanted) if name)
+        return {place: item_id for place, (item_id, repeated) in claims if repeated}
+
+
+def unique_ids(ids: Sequence[str]) -> list[str]:
+    """Return the ids with repeated ones told apart: "~2", "~3" in order, the first unchanged.
+
+    No id of `ids` is given to another item; ids that are unique come back as they are.
+
+    >>> unique_ids(["a", "a", "a~2", "a"])
+    ['a', 'a~3', 'a~2', 'a~4']
+    """
+    claims = _Ids(frozenset(ids))
+    return [claims.claim(wanted)[0] for wanted in ids]
 
 
 def open_source(
@@ -178,41 +219,24 @@ def open_source(
 
 
 class _Ids:
-    """Hands out ids, each once: a repeated one gets "~2", "~3", never one the user gave."""
+    """Hands out ids, each once: a repeated one gets "~2", "~3", never one of `taken`."""
 
-    def __init__(self, given: set[str]) -> None:
-        self._given = given
+    def __init__(self, taken: frozenset[str]) -> None:
+        self._taken = taken
         self._used: set[str] = set()
         self._next: dict[str, int] = {}
 
     def claim(self, wanted: str) -> tuple[str, bool]:
-        """Return (the id to use, whether `wanted` was taken)."""
+        """Return (the id to use, whether `wanted` was used before)."""
         if wanted not in self._used:
             self._used.add(wanted)
             return wanted, False
         number = self._next.get(wanted, 2)
-        while (candidate := f"{wanted}~{number}") in self._used or candidate in self._given:
+        while (candidate := f"{wanted}~{number}") in self._used or candidate in self._taken:
             number += 1
         self._next[wanted] = number + 1
         self._used.add(candidate)
         return candidate, True
-
-
-def _load(cell: Any, base: Path) -> tuple[bytes | None, str | None]:
-    """Return (image bytes, None) or (None, why there are none)."""
-    if isinstance(cell, dict):  # the Hugging Face Image feature
-        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
-    if isinstance(cell, bytes):
-        return cell, None
-    if not cell:
-        return None, "no image in this record"
-    path = base / cell
-    try:
-        if not path.is_file():
-            return None, f"no such image file: {cell}"
-        return path.read_bytes(), None
-    except OSError as error:
-        return None, f"image file cannot be read ({error.strerror}): {cell}"
 
 
 def _content_key(data: bytes | None, uri: str, caption: str) -> str:

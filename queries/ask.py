@@ -52,7 +52,7 @@ class Index:
     @cached_property
     def catalog(self) -> Catalog:
         """The items and their columns."""
-        return Catalog(self.stored.items())
+        return Catalog(self.stored)
 
     @cached_property
     def curvature(self) -> Curvature:

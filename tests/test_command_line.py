@@ -69,7 +69,7 @@ def test_ingest_counts_and_layout(
     assert stored.manifest.recipe["recipe"]["projection"] == "mask"
     for name in ("manifest.json", "ledger.jsonl", "items/part-00000.parquet",
                  "features/part-00000.npy", "thumbs/part-00000.parquet",
-                 "curvature/eigenvalues.npy"):  # fmt: skip
+                 "curvature/00001/eigenvalues.npy"):  # fmt: skip
         assert (tmp_path / "idx" / name).is_file()
 
 
@@ -424,9 +424,11 @@ def test_not_an_index_or_an_unfinished_one(
     ):
         assert str(tmp_path / "no") in one_line(*headwater(*words))
     broken = shutil.copytree(index, tmp_path / "broken")
-    manifest = json.loads((broken / "manifest.json").read_text())
-    (broken / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
-    assert "did not finish" in one_line(*headwater("inspect", broken))
+    (broken / "manifest.json").unlink()
+    assert "is no index" in one_line(*headwater("inspect", broken))
+    (broken / "job").mkdir()
+    (broken / "job/job.json").touch()
+    assert "is not finished" in one_line(*headwater("inspect", broken))
 
 
 def test_folder_that_was_there_stays_after_an_error(

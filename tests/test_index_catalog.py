@@ -11,7 +11,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from headwater.index import Catalog, IndexStoreError, filter_positions
+from headwater.index import (
+    Catalog,
+    IndexStoreError,
+    IndexWriter,
+    StoredIndex,
+    filter_positions,
+)
 
 ITEMS = pa.table(
     {
@@ -151,23 +157,56 @@ def test_local_variables_are_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
             filter_positions(ITEMS, f"caption IN (SELECT caption FROM {name})")
 
 
-def test_catalog_selects_only_ok_items() -> None:
-    catalog = Catalog(ITEMS)
+@pytest.fixture(params=[(4,), (1, 3)], ids=["one part", "two parts"])
+def catalog(request: pytest.FixtureRequest, tmp_path: Path) -> Catalog:
+    """ITEMS as an index, in one part or in two."""
+    folder = tmp_path / "licence=GPL [x]*"  # nothing in a path means something to DuckDB
+    with IndexWriter.create(folder, feature_space_id="x", recipe={}, dim=2) as writer:
+        for start, count in zip((0, *request.param), request.param, strict=False):
+            items = ITEMS.slice(start, count)
+            thumbs = pa.table({"item_id": pa.array([], pa.string()), "image": []})
+            writer.add_shard(items, np.ones((count, 2), np.float32), thumbs)
+        writer.finish()
+    return Catalog(StoredIndex.open(folder))
+
+
+def test_catalog_selects_only_ok_items(catalog: Catalog) -> None:
     assert catalog.select().tolist() == [0, 1, 2]
     assert catalog.select("licence = 'MIT'").tolist() == [1]
+    assert catalog.select("half > 1.5").tolist() == [1, 2]
+    assert catalog.select("position = 2 OR width = 128").tolist() == [1, 2]
     assert catalog.select("false").tolist() == []
+    found = catalog.select("true")
+    assert found.dtype == np.int64
+    assert found.tolist() == [0, 1, 2]
+    with pytest.raises(IndexStoreError, match=r"--where 'nope = 1': .*; columns: item_id, caption"):
+        catalog.select("nope = 1")
 
 
-def test_catalog_rows_keep_order_and_every_column() -> None:
-    rows = Catalog(ITEMS).rows([2, 0])
-    assert [row["item_id"] for row in rows] == ["c", "a"]
-    assert [row["group"] for row in rows] == ["toys", "animals"]
-    assert list(rows[0]) == ITEMS.column_names
-    assert Catalog(ITEMS).rows([]) == []
+def test_catalog_rows_keep_order_and_every_column(catalog: Catalog) -> None:
+    rows = catalog.rows([2, 0, 2])
+    assert [row["item_id"] for row in rows] == ["c", "a", "c"]
+    assert [row["group"] for row in rows] == ["toys", "animals", "toys"]
+    assert list(rows[0]) == [*ITEMS.column_names, "row_norm", "row_weight"]
+    assert catalog.rows([]) == []
+    for outside in (-1, 4):
+        with pytest.raises(IndexStoreError, match="rows 0 to 3"):
+            catalog.rows([outside])
 
 
-def test_catalog_summary() -> None:
-    summary = Catalog(ITEMS).summary()
+def test_catalog_summary(catalog: Catalog) -> None:
+    summary = catalog.summary()
     assert (summary.rows, summary.ok, summary.quarantined) == (4, 3, 1)
     assert summary.reasons == {"empty file": 1}
     assert summary.columns["width"] == "int64"
+
+
+def test_a_column_with_a_name_of_the_scan_is_refused_not_misread(tmp_path: Path) -> None:
+    items = pa.table({"item_id": ["a"], "status": ["ok"], "error": pa.array([None], pa.string()),
+                      "File_Index": [7]})  # fmt: skip
+    with IndexWriter.create(tmp_path / "i", feature_space_id="x", recipe={}, dim=2) as writer:
+        thumbs = pa.table({"item_id": pa.array([], pa.string()), "image": []})
+        writer.add_shard(items, np.ones((1, 2), np.float32), thumbs)
+        writer.finish()
+    with pytest.raises(IndexStoreError, match=r"'File_Index' .* renamed"):
+        Catalog(StoredIndex.open(tmp_path / "i")).select("true")

@@ -113,26 +113,26 @@ def test_layout_and_manifest(tmp_path: Path) -> None:
     index, _ = write_index(folder)
     files = tree_bytes(folder)
     assert sorted(files) == [
-        "curvature/gram.npy",
-        "curvature/trace.npy",
+        "curvature/00001/gram.npy",
+        "curvature/00001/trace.npy",
         "features/part-00000.npy",
         "features/part-00001.npy",
         "items/part-00000.parquet",
         "items/part-00001.parquet",
         "ledger.jsonl",
+        "lock",
         "manifest.json",
         "thumbs/part-00000.parquet",
         "thumbs/part-00001.parquet",
     ]
     manifest = index.manifest
     assert (manifest.rows, manifest.quarantined, manifest.dim) == (8, 2, DIM)
+    assert (manifest.generation, manifest.next_part, manifest.deleted) == (1, 2, 0)
     assert manifest.recipe == {"method": "dtrak", "timesteps": [1, 2]}
-    listed = dict(manifest.files)
-    for shard in manifest.shards:
-        listed.update(shard.files)
+    listed = manifest.all_files()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     assert listed == {
-        k: v for k, v in digests.items() if k not in ("ledger.jsonl", "manifest.json")
+        k: v for k, v in digests.items() if k not in ("ledger.jsonl", "lock", "manifest.json")
     }
     assert read_manifest(folder) == manifest
     stored = index.features(manifest.shards[0])
@@ -238,7 +238,7 @@ def test_wrong_items_are_refused(tmp_path: Path, items: pa.Table, message: str) 
 def test_create_refuses_folders_in_use(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    new_writer(empty)
+    new_writer(empty).finish()
     with pytest.raises(IndexStoreError, match="already holds an index"):
         new_writer(empty)
     other = tmp_path / "other"
@@ -251,10 +251,14 @@ def test_create_refuses_folders_in_use(tmp_path: Path) -> None:
         new_writer(other / "thesis.txt")
 
 
-def test_an_unfinished_index_cannot_be_opened(tmp_path: Path) -> None:
+def test_nothing_counts_before_the_commit(tmp_path: Path) -> None:
     writer = new_writer(tmp_path / "idx")
     writer.add_shard(make_items(["a"]), make_rows(1), make_thumbs([]))
-    with pytest.raises(IndexStoreError, match="did not finish; delete"):
+    with pytest.raises(IndexStoreError, match="is no index"):
+        StoredIndex.open(tmp_path / "idx")
+    (tmp_path / "idx/job").mkdir()
+    (tmp_path / "idx/job/job.json").write_text('{"first_part": 0}')
+    with pytest.raises(IndexStoreError, match="is not finished; run it again"):
         StoredIndex.open(tmp_path / "idx")
     writer.finish()
     assert StoredIndex.open(tmp_path / "idx").manifest.rows == 1
@@ -274,6 +278,12 @@ def test_open_names_what_is_missing(tmp_path: Path) -> None:
         ({"rows": 7}, "rows = 7, its shards add up to 8"),
         ({"surprise": 1}, "no Headwater manifest"),
         ({"shards": [{"name": "../../x", "items": 8, "quarantined": 2, "files": {}}]}, "named"),
+        (
+            {"shards": [{"name": "part-00000", "items": 8, "quarantined": 2, "files": {"x": ""}}]},
+            "other files than its own",
+        ),
+        ({"next_part": 1}, "part-00001 twice or beyond next_part"),
+        ({"files": {"curvature/../../x.npy": ""}}, "no file of curvature/"),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted_is_refused(
@@ -311,7 +321,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     writer = new_writer(tmp_path / "idx")
     with pytest.raises(ValueError, match="Object arrays"):
         writer.write_curvature({"gram": np.array([object()])})
-    assert sorted(tree_bytes(tmp_path / "idx")) == ["manifest.json"]
+    assert sorted(tree_bytes(tmp_path / "idx")) == ["lock"]
     with pytest.raises(IndexStoreError, match="letters"):
         writer.write_curvature({"../gram": np.eye(2)})
 
@@ -342,7 +352,9 @@ def test_how_an_ingest_was_run_stands_in_the_ledger_alone(tmp_path: Path) -> Non
         writer.finish(details)
     entry = json.loads((tmp_path / "a" / "ledger.jsonl").read_text())
     assert entry["details"] == {
-        "devices": ["cuda:0"], "feature_space_id": "space", "rows": 1, "quarantined": 0
+        "devices": ["cuda:0"], "feature_space_id": "space", "generation": 1, "rows": 1,
+        "quarantined": 0,
+        "manifest_sha256": hashlib.sha256((tmp_path / "a/manifest.json").read_bytes()).hexdigest(),
     }  # fmt: skip
     a, b = tree_bytes(tmp_path / "a"), tree_bytes(tmp_path / "b")
     assert a.pop("ledger.jsonl") != b.pop("ledger.jsonl")

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from headwater.attribution import decode
-from headwater.ingest import ColumnNames, SourceError, SourceItem, open_source
+from headwater.ingest import ColumnNames, SourceError, SourceItem, open_source, unique_ids
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,6 +130,61 @@ def test_image_cells_of_every_kind(tmp_path: Path) -> None:
     items = list(open_source(tmp_path / "d" / "h.parquet"))
     assert [item.data for item in items] == [png(3), png(1), None]
     assert items[2].error == "no image in this record"
+
+
+def test_any_part_holds_what_the_whole_does(tmp_path: Path) -> None:
+    """A worker that reads one range gives its items the ids and keys that everybody gives them."""
+    table = {
+        "image": [png(i % 5) for i in range(40)],
+        "caption": [f"{i % 3}" for i in range(40)],
+        "id": [None if i % 7 == 3 else f"a{i % 30}" for i in range(40)],
+        "n": range(40),
+    }
+    pq.write_table(pa.table(table), tmp_path / "given.parquet", row_group_size=6)
+    del table["id"]
+    pq.write_table(pa.table(table), tmp_path / "content.parquet", row_group_size=6)
+    for name in ("given.parquet", "content.parquet"):
+        source = open_source(tmp_path / name, where="n <> 11")
+        whole = list(source.part(0, len(source)))
+        for start, stop in ((0, 1), (5, 19), (17, 39), (38, 100), (20, 20)):
+            assert (
+                list(open_source(tmp_path / name, where="n <> 11").part(start, stop))
+                == (whole[start:stop])
+            )
+        streamed = list(source)
+        assert ids(streamed) == unique_ids(ids(whole))
+        assert [replace(item, item_id="") for item in streamed] == [
+            replace(item, item_id="") for item in whole
+        ]
+    assert len(set(ids(whole))) == 15 < len(set(ids(streamed))) == 39
+    assert all(item.key == item.item_id.split("~")[0] for item in streamed)
+
+
+def test_a_part_reads_nothing_before_it(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "c.parquet", 0)
+    table = pa.table({"image": [png(i) for i in range(60)], "text": ["x"] * 60})
+    pq.write_table(table, path, row_group_size=20)
+    group = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    start = group.dictionary_page_offset or group.data_page_offset
+    content[start : start + 30] = b"\xff" * 30
+    path.write_bytes(content)
+    assert [item.data for item in open_source(path).part(20, 60)] == [png(i) for i in range(20, 60)]
+    with pytest.raises(SourceError, match=r"c\.parquet cannot be read as Parquet"):
+        list(open_source(path).part(19, 60))
+
+
+def test_unique_ids_against_a_plain_loop() -> None:
+    ids = ["a", "a", "a~2", "a", "b", "a~2", "a~3", "b", "c"]
+    taken: list[str] = []
+    for wanted in ids:
+        name, number = wanted, 2
+        while name in taken or (name != wanted and name in ids):
+            name, number = f"{wanted}~{number}", number + 1
+        taken.append(name)
+    assert unique_ids(ids) == taken
+    assert len(set(taken)) == len(ids)
+    assert unique_ids(taken) == taken
 
 
 def test_empty_captions_are_captions(tmp_path: Path) -> None:
