@@ -79,8 +79,8 @@ class Index:
             asking: how it is asked; the default is the measured best.
             where: DuckDB expression over the item columns; only matching items are ranked.
             top: length of the ranking.
-            bottom: rank from the other end: the images that taught against it, lowest score first.
-            exact: look at every row of a large index too, instead of at an accelerator's candidates.
+            bottom: rank from the other end: what taught against it, lowest score first.
+            exact: look at every row of a large index too, not at proposed ones only.
             recipe: refuse to answer unless the index was made with this recipe.
 
         Raises:
