@@ -180,7 +180,15 @@ def query(
     seeds: Annotated[int | None, typer.Option(help="Pictures or noise draws.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first.")] = 0,
     top: Annotated[int, typer.Option(help="Length of the ranking.")] = 10,
+    bottom: Annotated[
+        bool, typer.Option("--bottom", help="The other end: what taught against it.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Every row, also of a large index.")
+    ] = False,
     where: Where = None,
+    similarity: Annotated[str, typer.Option(help="ip or cosine.")] = "ip",
+    preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[float | None, typer.Option(help="Lambda / mean squared row.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Of generated pictures.")] = None,
     lora: Lora = None,
@@ -196,6 +204,8 @@ def query(
     asking = Asking(
         method=method,
         seed=seed,
+        similarity=similarity,
+        preconditioning=preconditioning,
         **{name: value for name, value in given.items() if value is not None},
     )
     for target in filter(None, (json_file, html_file)):
@@ -205,7 +215,13 @@ def query(
     loaded = Model.from_pretrained(model, lora=lora, device=device, dtype=opened.recipe.dtype)
     with spinner("asking", quiet):
         result = opened.query(
-            Concept(prompt, contrast, image), loaded, asking=asking, where=where, top=top
+            Concept(prompt, contrast, image),
+            loaded,
+            asking=asking,
+            where=where,
+            top=top,
+            bottom=bottom,
+            exact=exact,
         )
     print_result(result)
     if json_file is not None:

@@ -10,7 +10,12 @@ duck       the locked DuckDB that both run in
 export     a table as CSV, JSON or Parquet
 verify     whether an index is whole: hashes, counts, the ledger's chain
 outliers   items whose gradient norm stands apart
-search     exact maximum inner product over streamed rows (FAISS)
+search     the best rows for a query: exact, or exact scores of candidates found faster
+metrics    inner product and cosine, preconditioned or not, as one scale per row
+products   inner products with stored rows, by FAISS: the one kernel of scores
+accelerator  candidates of a large index from one bit per direction (RaBitQ)
+gpu        candidates of rows that lie in a GPU's memory
+derived    files that can be made again, beside their checksums
 ledger     who did what and when, each line hashing the one before
 rows       a feature row as stored: a unit vector in half precision and its length
 lock       one writer at a time
@@ -32,10 +37,11 @@ from .manifest import (
     read_manifest,
     write_manifest,
 )
+from .metrics import Metric
 from .outliers import Outlier, norm_outliers
 from .parts import EncodedRows, encode_items, merged_schema, save_table, stored_size, write_part
 from .reader import StoredIndex
-from .search import scores, search
+from .search import merge, scores, search
 from .sql import sql
 from .verify import Damage, Verification, verify
 from .writer import IndexWriter
@@ -48,6 +54,7 @@ __all__ = [
     "IndexStoreError",
     "IndexWriter",
     "Manifest",
+    "Metric",
     "Outlier",
     "Shard",
     "StoredIndex",
@@ -55,6 +62,7 @@ __all__ = [
     "Verification",
     "encode_items",
     "filter_positions",
+    "merge",
     "merged_schema",
     "norm_outliers",
     "part_files",

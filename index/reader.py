@@ -22,6 +22,8 @@ from .rows import Float32, decode_rows
 
 Int64 = npt.NDArray[np.int64]
 _log = logging.getLogger(__name__)
+# Opening a file costs as much as reading fifty rows of it. Linux maps 65,530 files per process.
+_MAPS_KEPT = 16_384
 
 
 class StoredIndex:
@@ -35,6 +37,7 @@ class StoredIndex:
         """Use `StoredIndex.open`, which reads and checks the manifest."""
         self.folder = folder
         self.manifest = manifest
+        self._mapped: dict[str, npt.NDArray[np.float16]] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> StoredIndex:
@@ -107,6 +110,9 @@ class StoredIndex:
 
     def features(self, shard: Shard) -> npt.NDArray[np.float16]:
         """Return a shard's stored unit rows, float16 [items, dim], memory-mapped and read-only."""
+        mapped = self._mapped.get(shard.name)
+        if mapped is not None:
+            return mapped
         path = self.folder / part_files(shard.name)[0]
         array = self._load_array(path)
         expected = (shard.items, self.manifest.dim)
@@ -115,6 +121,9 @@ class StoredIndex:
                 f"{path} holds {array.dtype} {array.shape}, the manifest says float16 {expected}; "
                 "the index is damaged: ingest again"
             )
+        if len(self._mapped) >= _MAPS_KEPT:
+            self._mapped.clear()
+        self._mapped[shard.name] = array
         return array
 
     def blocks(
@@ -133,18 +142,24 @@ class StoredIndex:
         """
         if max_rows < 1:
             raise IndexStoreError(f"max_rows is {max_rows}; a block holds at least one row")
-        wanted = self.searchable(positions)
-        norms, weights = self._norms, self._weights
+        for block, units in self.unit_blocks(self.searchable(positions), max_rows):
+            scale = self.norms[block] * self.weights[block] if weighted else self.norms[block]
+            yield block, decode_rows(units, scale)
+
+    def unit_blocks(
+        self, positions: Int64, max_rows: int
+    ) -> Iterator[tuple[Int64, npt.NDArray[np.float16]]]:
+        """Stream the stored unit rows at `positions`, which are ascending and unique.
+
+        A run of positions without a gap comes as a view of the file, read when it is used.
+        """
         start = 0
         for shard in self.manifest.shards:
-            low, high = np.searchsorted(wanted, [start, start + shard.items])
-            local = wanted[low:high] - start
+            low, high = np.searchsorted(positions, [start, start + shard.items])
+            local = positions[low:high] - start
             for first in range(0, len(local), max_rows):
                 block = local[first : first + max_rows]
-                scale = norms[block + start]
-                if weighted:
-                    scale = scale * weights[block + start]
-                yield block + start, decode_rows(_take(self.features(shard), block), scale)
+                yield block + start, _take(self.features(shard), block)
             start += shard.items
 
     def searchable(self, positions: npt.ArrayLike | None = None) -> Int64:
@@ -260,11 +275,13 @@ class StoredIndex:
         return flags
 
     @cached_property
-    def _norms(self) -> Float32:
+    def norms(self) -> Float32:
+        """Lengths of the rows, float32 [rows]; 0 where an item is quarantined."""
         return np.asarray(self._row_columns["row_norm"], dtype=np.float32)
 
     @cached_property
-    def _weights(self) -> Float32:
+    def weights(self) -> Float32:
+        """What the method weights each row with, float32 [rows]."""
         return np.asarray(self._row_columns["row_weight"], dtype=np.float32)
 
     def _load_array(self, path: Path) -> npt.NDArray[Any]:

@@ -1,19 +1,23 @@
-"""Exact maximum inner product over the rows of an index, streamed through FAISS."""
+"""The best rows of an index for a query: exact, or exact scores of candidates found faster."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from . import accelerator, gpu
 from .errors import IndexStoreError
+from .metrics import Metric, prepare
+from .products import Kernel
 from .reader import Int64, StoredIndex
-from .rows import Float32
+from .rows import Float16, Float32
 
-BLOCK_ROWS = 8192  # 128 MiB of float32 at 4096 dimensions
-# FAISS computes each inner product on its own for few queries, and with BLAS, whose rounding
-# depends on the shape of the block, for many (from 20 on in older releases).
-_QUERIES_AT_ONCE = 16
+BLOCK_ROWS = 2048  # 8 MiB at 2048 dimensions: rows stay in the cache for the next query
+Found = tuple[Float32, Int64]
 
 
 def search(
@@ -21,22 +25,29 @@ def search(
     queries: npt.NDArray[np.floating],
     top: int,
     *,
+    metric: Metric | None = None,
     positions: npt.ArrayLike | None = None,
     largest: bool = True,
+    exact: bool = False,
     block_rows: int = BLOCK_ROWS,
-) -> tuple[Float32, Int64]:
+) -> Found:
     """Return the `top` best rows for each query: scores and positions, float32 and int64 [Q, top].
 
     queries    [Q, dim], finite; taken as float32
+    metric     what rows are ranked by (default: inner product with row_weight * row_norm * unit)
     positions  the rows to look at (default: all); quarantined ones never count
     largest    False: the other end, lowest score first
+    exact      True: look at every row; False: in a large index, at those that an accelerator
+               proposes (`accelerator`), which misses about one hit in a hundred
 
-    The score is the inner product of the query with row_weight * row_norm * unit row. Equal scores
-    (exact duplicates have them) are ordered by position, and nothing depends on `block_rows`.
+    Scores are exact in either case. Equal ones (exact duplicates have them) are ordered by
+    position, and nothing depends on `block_rows` or on the number of threads.
     Raises IndexStoreError when fewer than `top` rows can be searched.
     """
-    queries = _checked(index, queries)
-    available = len(index.searchable(positions))
+    metric = metric or Metric()
+    vectors, scale = _prepared(index, queries, metric)
+    wanted = index.searchable(positions)
+    available = len(wanted)
     if not 1 <= top <= available:
         raise IndexStoreError(
             f"{top} results asked for, {available} rows can be searched in {index.folder}; "
@@ -45,17 +56,35 @@ def search(
             else f"no row of {index.folder} can be searched under this selection; widen it"
         )
     sign = np.float32(1 if largest else -1)
-    signed = queries * sign
-    best_scores = np.empty((len(queries), 0), np.float32)
-    best_positions = np.empty((len(queries), 0), np.int64)
-    for block, rows in index.blocks(block_rows, positions):
-        block_scores, local = _best_of_block(signed, rows, min(top, len(rows)))
-        all_scores = np.concatenate([best_scores, block_scores], axis=1)
-        all_positions = np.concatenate([best_positions, block[local]], axis=1)
-        order = np.lexsort((all_positions, -all_scores), axis=1)[:, :top]
-        best_scores = np.take_along_axis(all_scores, order, axis=1)
-        best_positions = np.take_along_axis(all_positions, order, axis=1)
-    return best_scores * sign + np.float32(0), best_positions  # + 0 turns -0 into 0
+    signed = vectors * sign
+    proposed = None
+    for source in () if exact else (gpu, accelerator):
+        if proposed is None:
+            proposed = source.candidates(index, signed, scale, top, wanted, metric)
+    if proposed is None:
+        best, found = _streamed(index, signed, scale, wanted, top, block_rows)
+    else:
+        parts = [
+            _streamed(index, signed[i : i + 1], scale, rows, top, block_rows)
+            for i, rows in enumerate(proposed)
+        ]
+        best, found = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return best * sign + np.float32(0), found  # + 0 turns -0 into 0
+
+
+def merge(parts: Iterable[Found], top: int) -> Found:
+    """Return the `top` best of several results for the same queries, ties to the lower position.
+
+    Each part holds (scores, positions) [Q, k] with its own k: of some shards, say.
+    """
+    scores_of, positions_of = zip(*parts, strict=True)
+    everything = np.concatenate(scores_of, axis=1)
+    positions = np.concatenate(positions_of, axis=1)
+    order = np.lexsort((positions, -everything), axis=1)[:, :top]
+    return (
+        np.take_along_axis(everything, order, axis=1),
+        np.take_along_axis(positions, order, axis=1),
+    )
 
 
 def scores(
@@ -63,6 +92,7 @@ def scores(
     query: npt.NDArray[np.floating],
     positions: npt.ArrayLike | None = None,
     *,
+    metric: Metric | None = None,
     block_rows: int = BLOCK_ROWS,
 ) -> Float32:
     """Return the score of every row for one query [dim]: float32 [n], the values `search` gives.
@@ -70,62 +100,130 @@ def scores(
     Entry i belongs to `positions[i]`, by default to `index.ok_positions[i]`. Raises
     IndexStoreError when `positions` holds a quarantined item, which has no score.
     """
-    queries = _checked(index, np.asarray(query)[None])
+    vectors, scale = _prepared(index, np.asarray(query)[None], metric or Metric())
     asked = index.ok_positions if positions is None else np.asarray(positions, dtype=np.int64)
     searched = index.searchable(asked)
     if not np.isin(asked, searched).all():
         bad = int(np.setdiff1d(asked, searched)[0])
         raise IndexStoreError(f"position {bad} of {index.folder} is quarantined and has no score")
-    pieces = [_all_scores(queries, rows)[0] for _, rows in index.blocks(block_rows, searched)]
+    kernel = Kernel(index.manifest.dim)
+    pieces = [
+        _scaled(kernel, units, vectors, scale[block])[0]
+        for block, units in _gathered(index, searched, block_rows)
+    ]
     values = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
     return values[np.searchsorted(searched, asked)]
 
 
-def _best_of_block(queries: Float32, rows: Float32, k: int) -> tuple[Float32, Int64]:
-    """Return the k best rows of a block for each query, ties to the lower row: ([Q, k], [Q, k])."""
-    if k == len(rows):
-        return _all_scores(queries, rows), np.tile(np.arange(k, dtype=np.int64), (len(queries), 1))
-    best, local = _knn(queries, rows, k + 1)
-    # Among equal scores FAISS keeps any: where the cut falls between equals, choose ourselves.
-    tied = np.flatnonzero(best[:, k - 1] == best[:, k])
-    best, local = best[:, :k], local[:, :k]
-    if tied.size:
-        everything = _all_scores(queries[tied], rows)
-        order = np.argsort(-everything, axis=1, kind="stable")[:, :k]
-        local[tied] = order
-        best[tied] = np.take_along_axis(everything, order, axis=1)
-    return best, local
+def _streamed(
+    index: StoredIndex,
+    queries: Float32,
+    scale: Float32,
+    positions: Int64,
+    top: int,
+    block_rows: int,
+) -> Found:
+    """Rank the rows at `positions`, as many blocks at a time as FAISS has threads."""
+    threads = max(1, min(faiss.omp_get_max_threads(), len(positions) // 512))
+
+    def work(share: Int64) -> Found:
+        kernel, best = Kernel(index.manifest.dim), _Best(len(queries), top)
+        for block, units in _gathered(index, share, block_rows):
+            best.add(_scaled(kernel, units, queries, scale[block]), block)
+        return best.found()
+
+    if threads == 1:
+        return work(positions)
+    with ThreadPoolExecutor(threads) as pool:
+        return merge(pool.map(work, np.array_split(positions, threads)), top)
 
 
-def _all_scores(queries: Float32, rows: Float32) -> Float32:
-    """Return all inner products [Q, n], by the same kernel as `_best_of_block`."""
-    ranked, local = _knn(queries, rows, len(rows))
-    result = np.empty_like(ranked)
-    np.put_along_axis(result, local, ranked, axis=1)
-    return result
+def _gathered(
+    index: StoredIndex, positions: Int64, block_rows: int
+) -> Iterator[tuple[Int64, Float16]]:
+    """Stream unit rows with scattered ones put together: a call costs as much as 50 rows."""
+    held: list[tuple[Int64, Float16]] = []
+    count = 0
+    for block, units in index.unit_blocks(positions, block_rows):
+        if not held and len(block) == block_rows:
+            yield block, np.ascontiguousarray(units)
+            continue
+        held.append((block, units))
+        count += len(block)
+        if count >= block_rows:
+            yield _together(held)
+            held, count = [], 0
+    if held:
+        yield _together(held)
 
 
-def _knn(queries: Float32, rows: Float32, k: int) -> tuple[Float32, Int64]:
-    parts = [
-        faiss.knn(queries[i : i + _QUERIES_AT_ONCE], rows, k, metric=faiss.METRIC_INNER_PRODUCT)
-        for i in range(0, len(queries), _QUERIES_AT_ONCE)
-    ]
-    found = np.concatenate([values for values, _ in parts])
-    local = np.concatenate([ids for _, ids in parts])
-    if not np.isfinite(found).all() or (local < 0).any():
+def _together(held: list[tuple[Int64, Float16]]) -> tuple[Int64, Float16]:
+    blocks, units = zip(*held, strict=True)
+    return np.concatenate(blocks), np.concatenate(units)
+
+
+def _scaled(kernel: Kernel, units: Float16, queries: Float32, scale: Float32) -> Float32:
+    with np.errstate(over="ignore"):
+        values = kernel(units, queries) * scale
+    if not np.isfinite(values).all():
         raise IndexStoreError("scores overflow single precision; scale the query down")
-    return found, local
+    return values
 
 
-def _checked(index: StoredIndex, queries: npt.NDArray[np.floating]) -> Float32:
+class _Best:
+    """The `top` best of what was added so far, for each query."""
+
+    def __init__(self, queries: int, top: int) -> None:
+        self._top = top
+        self._bars = np.full(queries, -np.inf, np.float32)  # score of the last that still counts
+        self._parts: list[list[tuple[Float32, Int64]]] = [[] for _ in range(queries)]
+        self._held = np.zeros(queries, np.int64)
+
+    def add(self, values: Float32, positions: Int64) -> None:
+        """Take in scores [Q, n] of the rows at `positions` [n]."""
+        for query, row in enumerate(values):
+            # What equals the bar stays: its position may be lower.
+            chosen = np.flatnonzero(row >= self._bars[query])
+            if not len(chosen):
+                continue
+            self._parts[query].append((row[chosen], positions[chosen]))
+            self._held[query] += len(chosen)
+            if self._held[query] >= 2 * self._top + BLOCK_ROWS:
+                self._shorten(query)
+
+    def found(self) -> Found:
+        """Scores and positions [Q, at most top], best first."""
+        for query in range(len(self._parts)):
+            self._shorten(query)
+        columns = zip(*(parts[0] for parts in self._parts), strict=True)
+        found_scores, found_positions = (np.stack(column) for column in columns)
+        return found_scores, found_positions
+
+    def _shorten(self, query: int) -> None:
+        values, positions = (
+            np.concatenate(column) for column in zip(*self._parts[query], strict=True)
+        )
+        order = np.lexsort((positions, -values))[: self._top]
+        self._parts[query] = [(values[order], positions[order])]
+        self._held[query] = len(order)
+        if len(order) == self._top:
+            self._bars[query] = values[order[-1]]
+
+
+def _prepared(
+    index: StoredIndex, queries: npt.NDArray[np.floating], metric: Metric
+) -> tuple[Float32, Float32]:
     dim = index.manifest.dim
     if queries.ndim != 2 or queries.shape[1] != dim or not len(queries):
         raise IndexStoreError(
             f"queries have shape {queries.shape}, rows of {index.folder} have {dim} dimensions; "
             "make the query with the recipe of the index"
         )
-    with np.errstate(over="ignore"):
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
     if not np.isfinite(queries).all():
+        raise IndexStoreError("a query holds values that are not finite")
+    vectors, scale = prepare(index, queries, metric)
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(vectors, dtype=np.float32)
+    if not np.isfinite(single).all():
         raise IndexStoreError("a query holds values that are not finite in single precision")
-    return queries
+    return single, scale

@@ -67,6 +67,8 @@ class Index:
         asking: Asking | None = None,
         where: str | None = None,
         top: int = 10,
+        bottom: bool = False,
+        exact: bool = False,
         recipe: Recipe | None = None,
     ) -> Result:
         """Rank training images by how much they taught the model the concept.
@@ -77,6 +79,8 @@ class Index:
             asking: how it is asked; the default is the measured best.
             where: DuckDB expression over the item columns; only matching items are ranked.
             top: length of the ranking.
+            bottom: rank from the other end: what taught against it, lowest score first.
+            exact: look at every row of a large index too, not at proposed ones only.
             recipe: refuse to answer unless the index was made with this recipe.
 
         Raises:
@@ -103,11 +107,18 @@ class Index:
                 "(words it does not know are alike to it); choose other words"
             )
         vectors = torch.cat([rows.mean(0, keepdim=True), rows])
-        solved = self.curvature.precondition(vectors, asking.damping).cpu().numpy()
         # The mean of all seeds, then each seed alone, in one pass over the rows.
-        scores, found = search(self.stored, solved, top, positions=positions)
+        scores, found = search(
+            self.stored,
+            vectors.double().cpu().numpy(),
+            top,
+            metric=asking.metric,
+            positions=None if where is None else positions,
+            largest=not bottom,
+            exact=exact,
+        )
         agreement = float(np.isin(found[1:], found[0]).mean()) if len(rows) > 1 else None
-        question = _question(concept, asking, where, top)
+        question = _question(concept, asking, where, top) | {"bottom": bottom, "exact": exact}
         hits = tuple(
             Hit(rank, item["item_id"], float(score), item)
             for rank, (item, score) in enumerate(

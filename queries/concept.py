@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from headwater.attribution import METHODS, Reward
+from headwater.index.metrics import PRECONDITIONING, SIMILARITIES, Metric
 
 from .errors import QueryError
 
@@ -39,6 +40,8 @@ class Asking:
     steps: int = 50  # DDIM steps of a generated picture
     guidance: float = 7.5  # of a generated picture
     damping: float = 3.0  # lambda in units of the rows' mean squared length
+    similarity: str = "ip"  # or "cosine": without the rows' lengths, in units of the query's
+    preconditioning: str = "query"  # "none", or "both" sides by K^-1/2: see headwater.index.metrics
     batch_size: int = 16  # pictures per forward pass; changes speed, not results
 
     def __post_init__(self) -> None:
@@ -50,6 +53,14 @@ class Asking:
             )
         if self.method not in KINDS:
             raise QueryError(f"query method {self.method!r} is unknown; choose {', '.join(KINDS)}")
+        for name, names in (
+            ("similarity", SIMILARITIES),
+            ("preconditioning", PRECONDITIONING),
+        ):
+            if getattr(self, name) not in names:
+                raise QueryError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose {', '.join(names)}"
+                )
         for name in ("seeds", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise QueryError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -57,6 +68,11 @@ class Asking:
             raise QueryError(f"damping is {self.damping}; it must be positive and finite")
         if not math.isfinite(self.guidance):
             raise QueryError(f"guidance is {self.guidance}; it must be finite (default 7.5)")
+
+    @property
+    def metric(self) -> Metric:
+        """What rows are ranked by."""
+        return Metric(self.similarity, self.preconditioning, self.damping)
 
 
 def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:

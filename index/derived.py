@@ -1,0 +1,47 @@
+"""Files under `faiss/` that can be made again: each beside its checksum, used only when whole.
+
+They are no part of the index (the manifest does not list them): deleting the folder costs time and
+changes no answer, and so does an index folder that cannot be written to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from .files import sha256_of, write_atomically
+
+FOLDER = "faiss"
+_log = logging.getLogger(__name__)
+
+
+def keep(path: Path, write: Callable[[BinaryIO], object]) -> bool:
+    """Write `path` and its checksum; False, with a warning, when the folder does not take them."""
+    try:
+        digest = write_atomically(path, write)
+        write_atomically(checksum(path), lambda file: file.write(digest.encode()))
+    except OSError as error:
+        _log.warning("%s could not be kept and is made again next time: %s", path, error)
+        return False
+    return True
+
+
+def whole(path: Path) -> bool:
+    """Say whether `path` is there as it was written; damage gives a warning."""
+    try:
+        if not path.exists():
+            return False
+        if sha256_of(path) == checksum(path).read_text():
+            return True
+        reason = "its bytes do not match its checksum"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    _log.warning("%s is damaged (%s); it is made again", path, reason)
+    return False
+
+
+def checksum(path: Path) -> Path:
+    """Return where the sha256 of `path` stands."""
+    return path.with_name(path.name + ".sha256")

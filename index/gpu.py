@@ -1,0 +1,124 @@
+"""Candidates of an index whose rows lie in the memory of a GPU, by a FAISS built for one.
+
+Rows are kept in half precision with their scale folded in, so a score there is good to a part in a
+thousand of the largest: a few more rows than asked for are looked at again on the processor, which
+gives the same scores as a search without a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import faiss as _faiss
+import numpy as np
+
+from .metrics import Metric
+from .reader import Int64, StoredIndex
+from .rows import Float32, decode_rows
+
+faiss: Any = _faiss  # its stubs lack half of what is used here
+_log = logging.getLogger(__name__)
+FROM_ROWS = 100_000  # below, copying the rows takes longer than many questions to the processor
+MOST_RESULTS = 2048  # of a search on a GPU, by FAISS
+_BLOCK_ROWS = 8192
+
+
+def candidates(
+    index: StoredIndex,
+    queries: Float32,
+    scale: Float32,
+    top: int,
+    wanted: Int64,
+    metric: Metric,
+) -> list[Int64] | None:
+    """Return, for each query [Q, dim], ascending positions among `wanted` that hold its best.
+
+    None without a GPU or a FAISS for it, for a small index, when rows or results are too many for
+    it, and for a part of the rows when this FAISS ignores selectors.
+    """
+    count = min(2 * top + 64, len(wanted))
+    if index.manifest.rows < FROM_ROWS or count > MOST_RESULTS or not available():
+        return None
+    resident = _RESIDENT.get(index)
+    if resident is None or resident.metric != metric:
+        _RESIDENT.pop(index, None)
+        try:
+            resident = Resident(index, scale, metric)
+        except RuntimeError as error:  # out of memory
+            _log.warning("%s is searched by the processor: %s", index.folder, _line(error))
+            return None
+        _RESIDENT[index] = resident
+    return resident.candidates(queries, count, wanted)
+
+
+class Resident:
+    """The searchable rows of one index in the memory of a GPU."""
+
+    def __init__(self, index: StoredIndex, scale: Float32, metric: Metric) -> None:
+        """Copy them; RuntimeError when the memory does not hold them."""
+        self.metric = metric
+        self._positions = index.ok_positions
+        self._rows = _flat(index.manifest.dim)
+        largest = float(np.abs(scale).max())
+        factor = scale / np.float32(largest if largest > 0 else 1)
+        for block, units in index.unit_blocks(self._positions, _BLOCK_ROWS):
+            self._rows.add(decode_rows(units, factor[block]))
+
+    def candidates(self, queries: Float32, count: int, wanted: Int64) -> list[Int64] | None:
+        """The `count` best positions among `wanted` for each query, ascending."""
+        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+        scaled = queries / np.where(lengths > 0, lengths, 1)  # half precision holds no extremes
+        how = None
+        if len(wanted) < len(self._positions):
+            if not honours_selectors():
+                _log.warning(
+                    "this FAISS for GPUs ignores selectors: the processor searches a part of the "
+                    "rows (faiss-gpu-cuvs honours them)"
+                )
+                return None
+            chosen = np.isin(self._positions, wanted, assume_unique=True)
+            bits = np.packbits(chosen, bitorder="little")
+            how = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+        _, found = self._rows.search(scaled, count, params=how)
+        return [np.sort(self._positions[row[row >= 0]]) for row in found]
+
+
+_RESIDENT: WeakKeyDictionary[StoredIndex, Resident] = WeakKeyDictionary()
+
+
+@cache
+def available() -> bool:
+    """Whether FAISS was built for a GPU and finds one."""
+    return hasattr(faiss, "GpuIndexFlatIP") and faiss.get_num_gpus() > 0
+
+
+@cache
+def honours_selectors() -> bool:
+    """Try it: the classic GPU build of FAISS takes a selector and searches everything."""
+    rows = _flat(32)
+    rows.add(np.array([[1.0] * 32, [0.5] * 32], np.float32))
+    only_second = faiss.SearchParameters(sel=faiss.IDSelectorBatch(np.array([1])))
+    try:
+        _, found = rows.search(np.ones((1, 32), np.float32), 1, params=only_second)
+    except RuntimeError:
+        return False
+    return bool(found[0, 0] == 1)
+
+
+def _flat(dim: int) -> Any:
+    config = faiss.GpuIndexFlatConfig()
+    config.useFloat16 = True
+    rows = faiss.GpuIndexFlatIP(_resources(), dim, config)
+    return rows
+
+
+@cache
+def _resources() -> Any:
+    return faiss.StandardGpuResources()
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]

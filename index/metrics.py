@@ -1,0 +1,154 @@
+"""Which score a search ranks by, reduced to score_i = scale_i <unit row i, query>.
+
+K = Phi^T Phi is the curvature of the rows phi_i = norm_i unit_i, K_lambda = K + lambda I, w_i the
+row weight of the method. Six names, one scale per row and one vector per query:
+
+similarity  preconditioning  score                                      scale_i        query
+ip          none             w <q, phi>                                 w norm         q
+ip          query            w <K_lambda^-1 q, phi>                     w norm         K_lambda^-1 q
+ip          both             w <K_lambda^-1/2 q, K_lambda^-1/2 phi>     w norm         K_lambda^-1 q
+cosine      none             w cos(q, phi)                              w              q, length 1
+cosine      query            w cos(K_lambda^-1 q, phi)                  w              K_lambda^-1 q, length 1
+cosine      both             w cos(K_lambda^-1/2 q, K_lambda^-1/2 phi)  w / |unit|_K   K_lambda^-1 q / |q|_K
+
+with |x|_K = sqrt(x^T K_lambda^-1 x). `both` multiplies either side by the symmetric inverse root
+(TrackStar, Chang et al. 2024, with K in the place of its second-moment matrix), so that its inner
+product is that of `query`: K^-1/2 is symmetric and <K^-1/2 q, K^-1/2 phi> = <K^-1 q, phi>. Its
+cosine is not: it takes out the length of a row as the curvature sees it. lambda is `damping` times
+the mean squared length of a row, trace(K) / rows.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from . import derived
+from .errors import IndexStoreError
+from .reader import StoredIndex
+from .rows import Float32
+
+Float64 = npt.NDArray[np.float64]
+SIMILARITIES = ("ip", "cosine")
+PRECONDITIONING = ("none", "query", "both")
+_BLOCK_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a search ranks by; the default is the inner product of rows and queries as they are."""
+
+    similarity: str = "ip"
+    preconditioning: str = "none"
+    damping: float = 3.0  # lambda / mean squared length of a row; unused without preconditioning
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is none and a damping that has no inverse."""
+        for value, names, what in (
+            (self.similarity, SIMILARITIES, "similarity"),
+            (self.preconditioning, PRECONDITIONING, "preconditioning"),
+        ):
+            if value not in names:
+                raise IndexStoreError(f"{what} {value!r} is unknown; choose {', '.join(names)}")
+        if not 0 < self.damping < np.inf:
+            raise IndexStoreError(f"damping is {self.damping}; it must be positive and finite")
+
+
+def prepare(
+    index: StoredIndex, queries: npt.NDArray[np.floating], metric: Metric
+) -> tuple[Float64, Float32]:
+    """Return the vectors [Q, dim] and the scale of every row [rows] that give `metric`'s scores.
+
+    Raises IndexStoreError for a query that is all zero under a cosine, and for preconditioning an
+    index that was written without its curvature.
+    """
+    vectors = np.asarray(queries, np.float64)
+    solved = vectors
+    if metric.preconditioning != "none":
+        solved = Curvature.of(index).solve(vectors, metric.damping)
+    if metric.similarity == "cosine":
+        other = vectors if metric.preconditioning == "both" else solved
+        lengths = np.sqrt(np.einsum("qd,qd->q", other, solved))
+        if not (lengths > 0).all():
+            raise IndexStoreError("a query is all zero, so it has no cosine; ask something else")
+        solved = solved / lengths[:, None]
+    return solved, row_scale(index, metric)
+
+
+def row_scale(index: StoredIndex, metric: Metric) -> Float32:
+    """Return scale_i for every position (float32 [rows]); 0 where a row is all zero."""
+    if metric.similarity == "ip":
+        return index.norms * index.weights
+    if metric.preconditioning != "both":
+        return index.weights
+    lengths = _curved_lengths(index, metric.damping)
+    safe = np.where(lengths > 0, lengths, np.inf)
+    return (index.weights / safe).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Eigenpairs of K as the index stores them."""
+
+    eigenvalues: Float64  # [r] descending
+    eigenvectors: Float64  # [dim, r]
+    rows: int
+
+    @classmethod
+    def of(cls, index: StoredIndex) -> Curvature:
+        """Read them; IndexStoreError when the index has none."""
+        arrays = index.curvature()
+        if not {"eigenvalues", "eigenvectors", "rows"} <= arrays.keys():
+            raise IndexStoreError(
+                f"{index.folder} holds no curvature to precondition with; ingest again, "
+                "or ask without preconditioning"
+            )
+        values, vectors = (np.asarray(arrays[n]) for n in ("eigenvalues", "eigenvectors"))
+        return cls(values, vectors, int(arrays["rows"]))
+
+    def damped(self, damping: float) -> tuple[float, Float64]:
+        """Return lambda, and s + lambda for every eigenvalue s."""
+        lam = damping * float(self.eigenvalues.sum()) / self.rows
+        return lam, self.eigenvalues + lam
+
+    def solve(self, vectors: Float64, damping: float) -> Float64:
+        """Return K_lambda^-1 x for vectors x [Q, dim], outside of the eigenvectors x / lambda."""
+        lam, damped = self.damped(damping)
+        shrink = self.eigenvalues / damped
+        solved: Float64 = (
+            vectors - ((vectors @ self.eigenvectors) * shrink) @ self.eigenvectors.T
+        ) / lam
+        return solved
+
+    def lengths(self, units: npt.NDArray[np.float16], damping: float) -> Float64:
+        """Return |x|_K = sqrt(x^T K_lambda^-1 x) for rows x [n, dim]; double precision."""
+        lam, damped = self.damped(damping)
+        rows = units.astype(np.float64)
+        along = rows @ self.eigenvectors
+        np.square(along, out=along)
+        outside = np.einsum("nd,nd->n", rows, rows) - along.sum(axis=1)
+        lengths: Float64 = np.sqrt(along @ (1 / damped) + np.maximum(outside, 0) / lam)
+        return lengths
+
+
+def _curved_lengths(index: StoredIndex, damping: float) -> Float64:
+    """|unit row|_K of every position, kept beside the accelerators: a pass costs dim^2 a row."""
+    key = hashlib.sha256(f"curved lengths 1 {damping!r}".encode())
+    for name, digest in sorted(index.manifest.files.items()):
+        key.update(f"{name} {digest}\n".encode())
+    for shard in index.manifest.shards:
+        key.update(shard.files[f"features/{shard.name}.npy"].encode())
+    path = index.folder / derived.FOLDER / f"lengths-{key.hexdigest()[:16]}.npy"
+    if derived.whole(path):
+        stored: Float64 = np.load(path, allow_pickle=False)
+        return stored
+    curvature = Curvature.of(index)
+    everything = np.arange(index.manifest.rows, dtype=np.int64)
+    pieces = [curvature.lengths(u, damping) for _, u in index.unit_blocks(everything, _BLOCK_ROWS)]
+    lengths = np.concatenate(pieces)
+    derived.keep(path, partial(np.save, arr=lengths, allow_pickle=False))
+    return lengths
