@@ -59,7 +59,7 @@ def main() -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(help="Parquet file or folder, or image folder.")],
+    source: Annotated[str, typer.Argument(help="Parquet, tar shards, or folder; path or URL.")],
     model: ModelPath,
     index: Annotated[
         Path | None,
