@@ -216,7 +216,15 @@ def query(
 @app.command()
 def inspect(index: Folder) -> None:
     """Print what an index holds: counts, columns, recipe, feature space, quarantine."""
-    from headwater.index import Catalog, StoredIndex, norm_outliers
+    import pyarrow as pa
+
+    from headwater.index import (
+        Catalog,
+        StoredIndex,
+        duplicate_counts,
+        duplicate_groups,
+        norm_outliers,
+    )
 
     stored = StoredIndex.open(index)
     manifest, summary = stored.manifest, Catalog(stored.items()).summary()
@@ -226,6 +234,12 @@ def inspect(index: Folder) -> None:
     table.add_row("quarantined", f"{summary.quarantined:,}")
     for reason, count in summary.reasons.items():
         table.add_row("", escape(f"{count:,} x {reason}"))
+    found = stored.items().take(pa.array(stored.ok_positions))
+    counts = duplicate_counts(duplicate_groups(found))
+    table.add_row("duplicates", f"{counts.exact:,} of a file, {counts.near:,} near by its looks")
+    if "opt_out" in found.column_names:  # indexes made before had no such column
+        refused = len(found) - found["opt_out"].null_count
+        table.add_row("opted out", f"{refused:,} by the column opt_out, searchable")
     outliers = norm_outliers(stored.items())
     table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
     for line in outlier_lines(outliers):

@@ -4,6 +4,7 @@ manifest   what an index holds and with which recipe it was made (`manifest.json
 writer     a new index, shard by shard: items, features, previews, curvature
 reader     a finished index: items, streamed rows, curvature, previews
 catalog    `--where` expressions over item columns, run in a locked DuckDB
+duplicates exact and near duplicates among items
 outliers   items whose gradient norm stands apart
 search     exact maximum inner product over streamed rows (FAISS)
 ledger     who did what and when, each line hashing the one before
@@ -15,6 +16,7 @@ errors     `IndexStoreError`, for what a user can mend
 from __future__ import annotations
 
 from .catalog import Catalog, Summary, filter_positions
+from .duplicates import DuplicateCounts, duplicate_counts, duplicate_groups
 from .errors import IndexStoreError
 from .manifest import Manifest, Shard, read_manifest, write_manifest
 from .outliers import Outlier, norm_outliers
@@ -24,6 +26,7 @@ from .writer import IndexWriter, stored_size
 
 __all__ = [
     "Catalog",
+    "DuplicateCounts",
     "IndexStoreError",
     "IndexWriter",
     "Manifest",
@@ -31,6 +34,8 @@ __all__ = [
     "Shard",
     "StoredIndex",
     "Summary",
+    "duplicate_counts",
+    "duplicate_groups",
     "filter_positions",
     "norm_outliers",
     "read_manifest",

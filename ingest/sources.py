@@ -121,7 +121,7 @@ class Source:
         key = _text(record, names.id) if names.id is not None else None
         if not key:
             key = uri if listing.keyed_by_uri else _content_key(data, uri, caption)
-            if names.id is not None:
+            if names.id is not None and not listing.keyed_by_uri:
                 error = error or f"no item id in column {names.id!r}"
         elif place in self._repeats:
             error = error or f"duplicate item id {key!r}"

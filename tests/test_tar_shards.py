@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import png
+from conftest import Command, png
 
+from headwater.index import StoredIndex
 from headwater.ingest import ColumnNames, SourceError, difference, open_source
 
 
@@ -248,3 +249,30 @@ def test_signatures_of_shards(tmp_path: Path) -> None:
     found = difference(before, open_source(tmp_path / "c").signature(before))
     assert found is not None
     assert found.startswith("00001.tar has ")
+
+
+def test_shards_become_an_index(tmp_path: Path, model_folder: Path, headwater: Command) -> None:
+    """Failures in quarantine, refusals and duplicates counted, nothing of them dropped."""
+    robots = "Use of image disallowed by X-Robots-Tag directive"
+    write_img2dataset(tmp_path / "c", 0, 5, {1: "HTTP Error 404", 3: robots})
+    repeated = [("z.jpg", png(0)), ("z.json", b'{"caption": "again", "tdm_reservation": 1}')]
+    write_tar(tmp_path / "c" / "00001.tar", repeated)
+    code, _, err = headwater(
+        "ingest", f"{tmp_path}/c/{{00000..00001}}.tar", "--model", model_folder,
+        "--out", tmp_path / "i", "--timesteps", 2, "--dim", 64, "--quiet",
+    )  # fmt: skip
+    assert code == 0, err
+    items = {item["item_id"]: item for item in StoredIndex.open(tmp_path / "i").items().to_pylist()}
+    assert len(items) == 6
+    assert items["000000001"]["error"] == "failed_to_download: HTTP Error 404"
+    assert items["000000003"]["opt_out"] == f"error_message={robots}"
+    assert items["00001.tar/z"]["opt_out"] == "tdm_reservation=1"
+    assert items["00001.tar/z"]["status"] == "ok"
+    assert items["00001.tar/z"]["sha256"] == items["000000000"]["sha256"]
+    code, out, err = headwater("inspect", tmp_path / "i")
+    assert (code, err) == (0, "")
+    flat = " ".join(out.split())
+    for words in ("items 6", "quarantined 2", "1 x failed_to_download: HTTP Error 404",
+                  "duplicates 1 of a file, 0 near by its looks",
+                  "opted out 1 by the column opt_out"):  # fmt: skip
+        assert words in flat
