@@ -11,7 +11,7 @@ from .folders import image_folder_listing, metadata_listing
 from .hub_layout import is_saved, saved_files
 from .listing import Listing
 from .parquet_files import parquet_listing
-from .places import Place, places, walk
+from .places import Place, places, readable, walk
 from .tar_shards import IMAGE_EXTENSIONS, tar_listing
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -78,5 +78,5 @@ def _folder_listing(root: Place, asked: ColumnNames) -> Listing:
 
 
 def _is_parquet(path: Place) -> bool:
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         return file.read(4) == b"PAR1"

@@ -118,13 +118,13 @@ def places(text: str | Path) -> tuple[Place, list[Place]]:
     if _BRACES.search(text) and ("://" in text or not Path(text).exists()):
         found = [_place(one) for one in _expanded(text)]
         for path in found:
-            with _readable(path):
+            with readable(path):
                 if not path.is_file():
                     raise SourceError(f"{path}, of the pattern {text}, does not exist")
         root = _place(text[: _BRACES.search(text).start()].rpartition("/")[0] or ".")  # type: ignore[union-attr]
         return root, found
     path = _place(text)
-    with _readable(path):
+    with readable(path):
         if not path.exists():
             raise SourceError(
                 f"{path} does not exist; give a Parquet file, tar shards, or a folder"
@@ -135,7 +135,7 @@ def places(text: str | Path) -> tuple[Place, list[Place]]:
 def walk(folder: Place) -> Iterator[Place]:
     """Yield the files under `folder` in a fixed order, without hidden ones."""
     if isinstance(folder, RemotePath):
-        with _readable(folder):
+        with readable(folder):
             found = [(path.relative_to(folder).parts, path) for path in folder.files()]
         shown = [(parts, path) for parts, path in found if not any(p[0] == "." for p in parts)]
         # As below: the files of a folder, then its folders.
@@ -151,6 +151,16 @@ def walk(folder: Place) -> Iterator[Place]:
 def relative_name(path: Place, root: Place) -> str:
     """Return a file's name in its corpus; a corpus of one file has just the file's name."""
     return path.name if path == root else path.relative_to(root).as_posix()  # type: ignore[arg-type]
+
+
+@contextmanager
+def readable(path: Place) -> Iterator[None]:
+    """Turn what the operating system or a remote store says against reading into SourceError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise SourceError(f"{path} cannot be read ({reason})") from error
 
 
 def _file_first(parts: tuple[str, ...]) -> list[tuple[bool, str]]:
@@ -194,12 +204,3 @@ def _as_os_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(0, " ".join(f"{type(error).__name__}: {error}".split())) from error
-
-
-@contextmanager
-def _readable(path: Place) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise SourceError(f"{path} cannot be read ({reason})") from error

@@ -10,6 +10,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import islice
 from stat import S_ISREG
 from typing import Any
 
@@ -38,10 +39,13 @@ def signature(
     about 2 GB a second from a fast disk.
     """
     earlier: Mapping[str, Any] = known["files"] if known is not None else {}
+    evidence: dict[str, Any] = {}
+    files = iter(dict(_files(listing, positions)).items())
     with ThreadPoolExecutor(_READERS) as pool:
-        files = dict(_files(listing, positions))
-        found = pool.map(lambda name: _evidence(files[name], earlier.get(name)), files)
-        evidence = dict(zip(files, found, strict=True))
+        # By the thousand: a million tasks waiting would take a gigabyte.
+        while chunk := list(islice(files, 1000)):
+            found = pool.map(lambda file: _evidence(file[1], earlier.get(file[0])), chunk)
+            evidence.update(zip((name for name, _ in chunk), found, strict=True))
     return {
         "roles": asdict(listing.names),
         "columns": {field.name: str(field.type) for field in listing.schema},

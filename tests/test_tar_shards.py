@@ -15,7 +15,7 @@ import pytest
 from conftest import Command, png
 
 from headwater.index import StoredIndex
-from headwater.ingest import ColumnNames, SourceError, difference, open_source
+from headwater.ingest import ColumnNames, SourceError, difference, open_source, tar_shards
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
@@ -112,6 +112,30 @@ def test_img2dataset_with_its_failures(tmp_path: Path) -> None:
     assert refused.error == f"failed_to_download: {robots}"
     chosen = open_source(tmp_path, where="status = 'success'")
     assert [i.error for i in chosen] == [None] * 11
+
+
+def test_headers_are_read_once_and_only_where_images_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard in range(4):
+        write_img2dataset(tmp_path, shard, 6, {})
+    read: list[str] = []
+    honest = tar_shards._scanned
+
+    def watched(path: Path, *args: Any, **options: Any) -> Any:
+        read.append(path.name)
+        return honest(path, *args, **options)
+
+    monkeypatch.setattr(tar_shards, "_scanned", watched)
+    source = open_source(tmp_path)
+    assert read == []
+    found = [item.data for start in range(8, 24, 4) for item in source.part(start, start + 4)]
+    assert read == ["00001.tar", "00002.tar", "00003.tar"]
+    assert found == [item.data for item in open_source(tmp_path)][8:]
+    source = open_source(tmp_path)
+    (tmp_path / "00003.tar").unlink()
+    with pytest.raises(SourceError, match=r"00003\.tar cannot be read \(No such file"):
+        list(source.part(17, 19))
 
 
 def test_a_side_file_that_does_not_fit(tmp_path: Path) -> None:
