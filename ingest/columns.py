@@ -23,17 +23,8 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
 RESERVED = frozenset(
     {
         *("item_id", "sha256", "phash", "uri", "caption", "licence", "rights_holder", "source"),
-        *(
-            "opt_out",
-            "status",
-            "error",
-            "row_norm",
-            "row_weight",
-            "gradient_norm",
-            "width",
-            "height",
-        ),
-        *("rank", "score"),
+        *("status", "error", "row_norm", "row_weight", "gradient_norm", "width", "height"),
+        *("opt_out", "rank", "score"),
     }
 )
 

@@ -97,7 +97,7 @@ class RemotePath:
         try:
             with _as_os_errors():
                 info = self.filesystem.info(self.path)
-        except OSError:
+        except FileNotFoundError:
             return None
         if info.get("type") == "directory":
             return None
@@ -115,14 +115,14 @@ def places(text: str | Path) -> tuple[Place, list[Place]]:
     it must exist. The names of records are relative to the root.
     """
     text = str(text)
-    if _BRACES.search(text) and ("://" in text or not Path(text).exists()):
+    braces = _BRACES.search(text)
+    if braces is not None and ("://" in text or not Path(text).exists()):
         found = [_place(one) for one in _expanded(text)]
         for path in found:
             with readable(path):
                 if not path.is_file():
                     raise SourceError(f"{path}, of the pattern {text}, does not exist")
-        root = _place(text[: _BRACES.search(text).start()].rpartition("/")[0] or ".")  # type: ignore[union-attr]
-        return root, found
+        return _place(text[: braces.start()].rpartition("/")[0] or "."), found
     path = _place(text)
     with readable(path):
         if not path.exists():

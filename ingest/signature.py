@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from .columns import is_bytes
 from .listing import Listing, image_path
-from .places import Place, RemotePath
+from .places import Place, RemotePath, readable
 
 Signature = dict[str, Any]
 _ROWS_AT_ONCE = 4096
@@ -30,8 +30,9 @@ _READERS = 4
 def signature(
     listing: Listing, positions: npt.NDArray[np.int64], known: Signature | None = None
 ) -> Signature:
-    """Return what the records at `positions` and their files are; JSON, without absolute paths.
+    """Return what the records at `positions` and their files are, as JSON can hold it.
 
+    Names of files are relative to the corpus, but for absolute paths that records themselves give.
     Every file that holds selected records, or is the image of one, is read and hashed (SHA-256);
     of a remote one the store's own mark is taken (its ETag, else its time of change) and nothing
     read. With `known`, an earlier signature, files of the same size and time of change keep its
@@ -123,7 +124,8 @@ def _files(listing: Listing, positions: npt.NDArray[np.int64]) -> Iterator[tuple
 def _evidence(path: Place, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
     """Size, time of change and content hash of a file; None if there is none."""
     if isinstance(path, RemotePath):
-        return path.evidence()
+        with readable(path):
+            return path.evidence()
     try:
         stat = path.stat()
         if not S_ISREG(stat.st_mode):

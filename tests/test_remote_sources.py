@@ -125,3 +125,6 @@ def test_errors_of_a_file_system_are_told_in_a_line(
     monkeypatch.setattr(type(memory), "exists", denied)
     with pytest.raises(SourceError, match=r"cannot be read \(Denied: no credentials for"):
         open_source("memory://corpora/p")
+    monkeypatch.setattr(type(memory), "info", denied)
+    with pytest.raises(SourceError, match=r"a\.parquet cannot be read \(Denied: no credentials"):
+        source.signature()
