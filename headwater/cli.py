@@ -61,7 +61,7 @@ def main() -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(help="Parquet file or folder, or image folder.")],
+    source: Annotated[str, typer.Argument(help="Parquet, tar shards, or folder; path or URL.")],
     model: ModelPath,
     index: Annotated[
         Path | None,
@@ -234,7 +234,15 @@ def query(
 @app.command()
 def inspect(index: Folder) -> None:
     """Print what an index holds: counts, columns, recipe, feature space, quarantine."""
-    from headwater.index import Catalog, StoredIndex, norm_outliers
+    import pyarrow as pa
+
+    from headwater.index import (
+        Catalog,
+        StoredIndex,
+        duplicate_counts,
+        duplicate_groups,
+        norm_outliers,
+    )
 
     stored = StoredIndex.open(index)
     manifest, items = stored.manifest, stored.items().take(stored.live_positions)
@@ -245,6 +253,12 @@ def inspect(index: Folder) -> None:
     table.add_row("quarantined", f"{summary.quarantined:,}")
     for reason, count in summary.reasons.items():
         table.add_row("", escape(f"{count:,} x {reason}"))
+    found = stored.items().take(pa.array(stored.ok_positions))
+    counts = duplicate_counts(duplicate_groups(found))
+    table.add_row("duplicates", f"{counts.exact:,} of a file, {counts.near:,} near by its looks")
+    if "opt_out" in found.column_names:  # indexes made before had no such column
+        refused = len(found) - found["opt_out"].null_count
+        table.add_row("opted out", f"{refused:,} by the column opt_out, searchable")
     outliers = norm_outliers(items)
     table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
     for line in outlier_lines(outliers):

@@ -9,6 +9,7 @@ sql        `headwater sql`: whole queries over items and hits, read-only
 duck       the locked DuckDB that both run in
 export     a table as CSV, JSON or Parquet
 verify     whether an index is whole: hashes, counts, the ledger's chain
+duplicates  exact and near duplicates among items
 outliers   items whose gradient norm stands apart
 search     the best rows for a query: exact, or exact scores of candidates found faster
 metrics    inner product and cosine, preconditioned or not, as one scale per row
@@ -26,6 +27,7 @@ errors     `IndexStoreError`, for what a user can mend
 from __future__ import annotations
 
 from .catalog import Catalog, Summary, filter_positions
+from .duplicates import DuplicateCounts, duplicate_counts, duplicate_groups
 from .errors import IndexStoreError
 from .export import plain_json, write_csv, write_json_rows, write_parquet
 from .manifest import (
@@ -50,6 +52,7 @@ __all__ = [
     "JOB_FILE",
     "Catalog",
     "Damage",
+    "DuplicateCounts",
     "EncodedRows",
     "IndexStoreError",
     "IndexWriter",
@@ -60,6 +63,8 @@ __all__ = [
     "StoredIndex",
     "Summary",
     "Verification",
+    "duplicate_counts",
+    "duplicate_groups",
     "encode_items",
     "filter_positions",
     "merge",

@@ -1,9 +1,13 @@
 """A corpus -> rows in an index.
 
 sources    a corpus as a stream of items, selected by SQL
-listing    what lies at a path: Parquet, image folders, their metadata
 signature  what a source is, to tell whether it has changed
 columns    which column is the image, the caption, the licence
+signals    what a record says against its use for training
+layouts    which kind of corpus lies at a path
+places     paths, fsspec URLs, brace patterns
+listing    the records of a corpus and its images, of whatever kind:
+           parquet_files, arrow_files (with hub_layout), tar_shards, folders
 images     fingerprints and previews
 prepare    items decoded and fitted, a few batches ahead of the device
 devices    where rows are computed: here, or in a process for each device

@@ -14,7 +14,7 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
         *("image", "img", "image_bytes", "jpg", "png", "webp"),
         *("file_name", "image_path", "path", "filepath"),
     ),
-    "caption": ("caption", "text", "prompt", "description"),
+    "caption": ("caption", "text", "prompt", "description", "txt"),
     "id": ("image_id", "id", "item_id", "key"),
     "licence": ("licence", "license"),
     "rights_holder": ("rights_holder", "copyright_holder", "copyright", "artist", "author"),
@@ -24,7 +24,7 @@ RESERVED = frozenset(
     {
         *("item_id", "sha256", "phash", "uri", "caption", "licence", "rights_holder", "source"),
         *("status", "error", "row_norm", "row_weight", "gradient_norm", "width", "height"),
-        *("rank", "score"),
+        *("opt_out", "rank", "score"),
     }
 )
 

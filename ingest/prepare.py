@@ -161,6 +161,7 @@ def _prepare(
         "licence": item.licence,
         "rights_holder": item.rights_holder,
         "source": item.source,
+        "opt_out": item.opt_out,
         "width": None,
         "height": None,
         **item.extra,

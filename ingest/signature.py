@@ -10,7 +10,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
+from itertools import islice
 from stat import S_ISREG
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from .columns import is_bytes
 from .listing import Listing, image_path
+from .places import Place, RemotePath, readable
 
 Signature = dict[str, Any]
 _ROWS_AT_ONCE = 4096
@@ -29,18 +30,23 @@ _READERS = 4
 def signature(
     listing: Listing, positions: npt.NDArray[np.int64], known: Signature | None = None
 ) -> Signature:
-    """Return what the records at `positions` and their files are; JSON, without absolute paths.
+    """Return what the records at `positions` and their files are, as JSON can hold it.
 
-    Every file that holds selected records or is the image of one is read and hashed (SHA-256).
-    With `known`, an earlier signature, files of the same size and time of change keep its hash
-    and are not read. Takes 8 microseconds a record and the time to read and hash the files: about
-    2 GB a second from a fast disk.
+    Names of files are relative to the corpus, but for absolute paths that records themselves give.
+    Every file that holds selected records, or is the image of one, is read and hashed (SHA-256);
+    of a remote one the store's own mark is taken (its ETag, else its time of change) and nothing
+    read. With `known`, an earlier signature, files of the same size and time of change keep its
+    hash and are not read. Takes 8 microseconds a record and the time to read and hash the files:
+    about 2 GB a second from a fast disk.
     """
     earlier: Mapping[str, Any] = known["files"] if known is not None else {}
+    evidence: dict[str, Any] = {}
+    files = iter(dict(_files(listing, positions)).items())
     with ThreadPoolExecutor(_READERS) as pool:
-        files = dict(_files(listing, positions))
-        found = pool.map(lambda name: _evidence(files[name], earlier.get(name)), files)
-        evidence = dict(zip(files, found, strict=True))
+        # By the thousand: a million tasks waiting would take a gigabyte.
+        while chunk := list(islice(files, 1000)):
+            found = pool.map(lambda file: _evidence(file[1], earlier.get(file[0])), chunk)
+            evidence.update(zip((name for name, _ in chunk), found, strict=True))
     return {
         "roles": asdict(listing.names),
         "columns": {field.name: str(field.type) for field in listing.schema},
@@ -94,7 +100,7 @@ def _counted(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} files ({names[0]}, ...)"
 
 
-def _files(listing: Listing, positions: npt.NDArray[np.int64]) -> Iterator[tuple[str, Path]]:
+def _files(listing: Listing, positions: npt.NDArray[np.int64]) -> Iterator[tuple[str, Place]]:
     """Yield (name, path) of every file that the images of the records come from."""
     for shard in listing.shards:
         low, high = np.searchsorted(positions, [shard.first, shard.stop])
@@ -115,8 +121,11 @@ def _files(listing: Listing, positions: npt.NDArray[np.int64]) -> Iterator[tuple
         yield uri, path
 
 
-def _evidence(path: Path, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+def _evidence(path: Place, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
     """Size, time of change and content hash of a file; None if there is none."""
+    if isinstance(path, RemotePath):
+        with readable(path):
+            return path.evidence()
     try:
         stat = path.stat()
         if not S_ISREG(stat.st_mode):

@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 
 from headwater.index import IndexStoreError, filter_positions
 
-from .columns import ColumnNames, dropped_columns, flag, kept_columns
+from .columns import ColumnNames, dropped_columns, flag, is_text, kept_columns
 from .errors import SourceError
-from .listing import Listing, load, read_listing
+from .layouts import read_listing
+from .listing import Listing, load
+from .signals import failed_download, opt_out, signal_columns
 from .signature import Signature, signature
 
 __all__ = ["ColumnNames", "Source", "SourceItem", "open_source", "unique_ids"]
@@ -40,6 +42,7 @@ class SourceItem:
     licence: str | None
     rights_holder: str | None
     source: str | None
+    opt_out: str | None  # which of its columns refuse training, and what they say
     extra: dict[str, Any]  # the user's other columns, by their names in the items table
     error: str | None  # why the item belongs into quarantine
 
@@ -108,6 +111,8 @@ class Source:
     ) -> SourceItem:
         names, listing = self.names, self.listing
         data, error = load(cell, listing.base(position))
+        if data is None:
+            error = failed_download(record) or error
         error = listing.errors.get(position, error)
         is_path = isinstance(cell, str) and bool(cell)
         # A listing of paths knows its uris; elsewhere a path says more than a row number.
@@ -116,7 +121,7 @@ class Source:
         key = _text(record, names.id) if names.id is not None else None
         if not key:
             key = uri if listing.keyed_by_uri else _content_key(data, uri, caption)
-            if names.id is not None:
+            if names.id is not None and not listing.keyed_by_uri:
                 error = error or f"no item id in column {names.id!r}"
         elif place in self._repeats:
             error = error or f"duplicate item id {key!r}"
@@ -129,9 +134,14 @@ class Source:
             licence=_text(record, names.licence),
             rights_holder=_text(record, names.rights_holder),
             source=_text(record, names.source),
+            opt_out=opt_out(record, self._signals),
             extra={new: record[name] for name, new in kept.items()},
             error=error,
         )
+
+    @cached_property
+    def _signals(self) -> tuple[str, ...]:
+        return signal_columns(self.listing.table.schema)
 
     @cached_property
     def _repeats(self) -> dict[int, str]:
@@ -170,8 +180,10 @@ def open_source(
     limit: int | None = None,
     captions_required: bool = True,
 ) -> Source:
-    """Open a corpus: a Parquet file, a folder of them, or a folder of images with captions.
+    """Open a corpus: Parquet files, tar shards, what `datasets` saved, or images with captions.
 
+    path               a file or folder, an fsspec URL of Parquet files or tar shards
+                       (`s3://bucket/folder`), or a pattern of either: `shards/{000..041}.tar`
     columns            the user's names where they differ from `columns.CONVENTIONS`
     where              a DuckDB expression over the user's columns, in the user's names
     limit              the first so many of the selected records
@@ -182,7 +194,7 @@ def open_source(
     >>> source = open_source("train.parquet", where="\\"group\\" = 'animals'", limit=300)
     >>> for item in source: ...
     """
-    listing = read_listing(Path(path), columns)
+    listing = read_listing(path, columns)
     if listing.names.caption is None and captions_required:
         raise SourceError(
             f"no column of {path} holds captions; name it with {flag('caption')}, or for a folder "
@@ -213,6 +225,12 @@ def open_source(
             )
         if missing:
             _log.warning("%d of %d records of %s have no caption", missing, len(words), path)
+    if (splits := _splits(listing, positions)) and len(splits) > 1:
+        _log.warning(
+            "%s holds the splits %s; if the model saw one, choose it: --where \"split = 'train'\"",
+            path,
+            ", ".join(splits),
+        )
     if dropped := dropped_columns(listing.schema, listing.names):
         _log.warning("columns of %s that hold bytes are not kept: %s", path, ", ".join(dropped))
     return Source(label=str(path), listing=listing, positions=positions[:limit])
@@ -237,6 +255,14 @@ class _Ids:
         self._next[wanted] = number + 1
         self._used.add(candidate)
         return candidate, True
+
+
+def _splits(listing: Listing, positions: npt.NDArray[np.int64]) -> list[str]:
+    """The values of a column `split` of text, among the selected records."""
+    table = listing.table
+    if "split" not in table.column_names or not is_text(table.schema.field("split").type):
+        return []
+    return [str(split) for split in pc.unique(table["split"].take(pa.array(positions)).drop_null())]
 
 
 def _content_key(data: bytes | None, uri: str, caption: str) -> str:

@@ -15,7 +15,7 @@ from .prepare import PreparedBatch
 
 _BEFORE_EXTRA = [
     *(pa.field(name, pa.string()) for name in ("item_id", "sha256", "phash", "uri", "caption")),
-    *(pa.field(name, pa.string()) for name in ("licence", "rights_holder", "source")),
+    *(pa.field(name, pa.string()) for name in ("licence", "rights_holder", "source", "opt_out")),
     *(pa.field(name, pa.int32()) for name in ("width", "height")),
 ]
 _AFTER_EXTRA = [

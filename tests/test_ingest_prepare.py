@@ -27,7 +27,8 @@ def item(number: int, data: bytes | None = None, error: str | None = None) -> So
         data = png(number)
     return SourceItem(
         key=f"k{number}", item_id=f"i{number}", uri=f"#{number}", data=data, caption="",
-        licence=None, rights_holder=None, source=None, extra={"place": number}, error=error,
+        licence=None, rights_holder=None, source=None, opt_out=None, error=error,
+        extra={"place": number},
     )  # fmt: skip
 
 

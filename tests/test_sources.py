@@ -12,13 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from headwater.attribution import decode
-from headwater.ingest import ColumnNames, SourceError, SourceItem, open_source, unique_ids
+from headwater.attribution import Model, Recipe, decode
+from headwater.index import StoredIndex
+from headwater.ingest import (
+    ColumnNames,
+    SourceError,
+    SourceItem,
+    build_index,
+    open_source,
+    unique_ids,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,6 +194,22 @@ def test_unique_ids_against_a_plain_loop() -> None:
     assert unique_ids(ids) == taken
     assert len(set(taken)) == len(ids)
     assert unique_ids(taken) == taken
+
+
+def test_items_of_one_content_get_one_row(tmp_path: Path, model_folder: Path) -> None:
+    """Noise is drawn by what a record is, not by the id that tells it from its copies."""
+    images = [png(n) for n in (1, 2, 1, 1)]
+    pq.write_table(pa.table({"image": images, "caption": ["a cat"] * 4}), tmp_path / "c.parquet")
+    model = Model.from_pretrained(model_folder, device="cpu")
+    build_index(tmp_path / "c.parquet", model, tmp_path / "i", recipe=Recipe(timesteps=2, dim=64))
+    stored = StoredIndex.open(tmp_path / "i")
+    key = hashlib.sha256(png(1) + b"a cat").hexdigest()[:16]
+    found = stored.items()["item_id"].to_pylist()
+    assert [found[0], *found[2:]] == [key, f"{key}~2", f"{key}~3"]
+    (shard,) = stored.manifest.shards
+    rows = np.asarray(stored.features(shard))
+    assert (rows[[2, 3]] == rows[0]).all()
+    assert (rows[1] != rows[0]).any()
 
 
 def test_empty_captions_are_captions(tmp_path: Path) -> None:
