@@ -333,6 +333,25 @@ def bench_sql(
     run(items, folder, partial(print, flush=True))
 
 
+@bench.command("index")
+def bench_index(
+    features: Annotated[
+        Path, typer.Option(help="Real rows: an index, or a .npy file.", show_default=False)
+    ],
+    rows: Annotated[int, typer.Option(help="How many to generate.", min=1000)] = 100_000,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Write this path with .md and with .jsonl added.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the generated index lies meanwhile.")
+    ] = None,
+) -> None:
+    """Measure search on generated rows with the norms, spectrum and neighbours of real ones."""
+    from headwater.benchmarks.index_bench import run
+
+    run(features, rows, target, folder, partial(print, flush=True))
+
+
 @contextmanager
 def spinner(label: str, quiet: bool) -> Iterator[None]:
     """A sign of life for work without a count."""

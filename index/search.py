@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
@@ -64,12 +64,20 @@ def search(
     if proposed is None:
         best, found = _streamed(index, signed, scale, wanted, top, block_rows)
     else:
-        parts = [
-            _streamed(index, signed[i : i + 1], scale, rows, top, block_rows)
-            for i, rows in enumerate(proposed)
-        ]
-        best, found = (np.concatenate(column) for column in zip(*parts, strict=True))
+        best, found = rescored(index, signed, scale, proposed, top)
     return best * sign + np.float32(0), found  # + 0 turns -0 into 0
+
+
+def rescored(
+    index: StoredIndex, queries: Float32, scale: Float32, proposed: Sequence[Int64], top: int
+) -> Found:
+    """Return the `top` best of the positions proposed for each query, by their exact scores."""
+    parts = [
+        _streamed(index, query[None], scale, rows, top, BLOCK_ROWS)
+        for query, rows in zip(queries, proposed, strict=True)
+    ]
+    best, found = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return best, found
 
 
 def merge(parts: Iterable[Found], top: int) -> Found:

@@ -1,0 +1,289 @@
+"""`headwater bench index`: search measured on rows as gradients are, in numbers a laptop holds.
+
+Rows are generated from real ones (`gradient_rows`); a tenth of the real rows is held out for the
+queries, which are differences of two, solved with the curvature of the index as a contrast is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from headwater.benchmarks.gradient_rows import Generator, compare
+from headwater.index import IndexStoreError, IndexWriter, Metric, StoredIndex, gpu, search
+from headwater.index.accelerator import Accelerator
+from headwater.index.metrics import prepare
+from headwater.index.search import rescored
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+METRIC = Metric("ip", "query")
+SHARD_ROWS = 2048
+GRAM_ROWS = 16_384  # of which the curvature is estimated
+QUERIES = 100
+EXACT_TIMED = 20  # queries timed alone by the exact search, which reads every row each time
+CANDIDATES = (200, 500, 1000, 2000, 5000, 10_000, 20_000)
+
+
+def run(
+    features: Path, rows: int, out: Path | None, folder: Path | None, say: Callable[[str], None]
+) -> None:
+    """Measure, say the tables, and write `out`.md and `out`.jsonl.
+
+    features  an index, or a .npy file of effective rows [n, dim]
+    folder    where the generated index is written for the time of the run: rows x dim x 2 bytes
+
+    Raises:
+        IndexStoreError: too few real rows, or a file that holds no rows.
+    """
+    real = read_real(features)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    with TemporaryDirectory(dir=folder, prefix="headwater-bench-") as temporary:
+        lines = measure(real, rows, Path(temporary) / "index", records)
+    text = "\n".join([f"headwater bench index --features {features} --rows {rows}", "", *lines])
+    say(text)
+    if out is not None:
+        out.with_name(f"{out.name}.md").write_text(text + "\n")
+        out.with_name(f"{out.name}.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
+
+
+def read_real(features: Path) -> Float32:
+    """Effective rows [n, dim] in random order, of mean length 1."""
+    if features.is_dir():
+        real = np.concatenate([rows for _, rows in StoredIndex.open(features).blocks()])
+    else:
+        try:
+            real = np.load(features, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError) as error:
+            raise IndexStoreError(
+                f"--features {features}: {error}; give an index or a .npy"
+            ) from error
+    if real.ndim != 2 or len(real) < 40:
+        raise IndexStoreError(
+            f"{features} holds {real.shape}; at least 40 real rows [n, dim] are needed"
+        )
+    real /= np.linalg.norm(real, axis=1).mean()
+    order = np.random.default_rng(0).permutation(len(real))
+    found: Float32 = real[order]
+    return found
+
+
+def measure(real: Float32, rows: int, folder: Path, records: list[dict[str, Any]]) -> list[str]:
+    """All lines of the report; what was measured is added to `records`."""
+    held = len(real) // 10
+    kept = real[2 * held :]
+    asked: Float64 = (real[:held] - real[held : 2 * held])[:QUERIES].astype(np.float64)
+    generator = Generator.fit(kept)
+    made = np.concatenate(list(generator.blocks(len(kept), seed=1)))
+    table = compare(kept, made, asked)
+    records += [{"figure": name, "real": r, "made": m} for name, (r, m) in table.items()]
+    lines = [
+        f"{rows:,} rows x {real.shape[1]:,}, {len(asked)} queries, {platform.machine()}, "
+        f"{faiss.omp_get_max_threads()} threads, {os.cpu_count()} cores, FAISS {faiss.__version__}",
+        "",
+        f"| rows generated from {len(kept):,} | real | made |",
+        "|---|---|---|",
+        *(f"| {name} | {r:.4g} | {m:.4g} |" for name, (r, m) in table.items()),
+        "",
+    ]
+    seconds, _ = timed(lambda: write_index(generator, rows, folder))
+    index = StoredIndex.open(folder)
+    note(records, lines, "generate and write", seconds=seconds)
+    truth = exact(index, asked, records, lines)
+    accelerated(index, asked, truth, records, lines)
+    if gpu.available():
+        on_gpu(index, asked, truth, records, lines)
+    return lines
+
+
+def write_index(generator: Generator, rows: int, folder: Path) -> None:
+    """An index of generated rows, with the curvature that its first rows have."""
+    dim = generator.basis.shape[1]
+    writer = IndexWriter.create(folder, feature_space_id="generated", recipe={}, dim=dim)
+    no_thumbs = pa.table({"item_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())})
+    gram, seen, done = np.zeros((dim, dim)), 0, 0
+    for block in generator.blocks(rows):
+        numbers = range(done, done + len(block))
+        items = pa.table(
+            {
+                "item_id": [str(i) for i in numbers],
+                "status": ["ok"] * len(block),
+                "error": pa.nulls(len(block), pa.string()),
+            }
+        )
+        stored = writer.add_shard(items, block, no_thumbs)
+        done += len(block)
+        if seen < GRAM_ROWS:
+            gram += stored.T.astype(np.float64) @ stored
+            seen += len(block)
+    values, vectors = np.linalg.eigh(gram * (rows / seen))
+    solid = values > values[-1] * 1e-12
+    writer.write_curvature(
+        {
+            "eigenvalues": values[solid][::-1],
+            "eigenvectors": np.ascontiguousarray(vectors[:, solid][:, ::-1]),
+            "rows": np.array(rows),
+        }
+    )
+    writer.finish()
+
+
+def exact(index: StoredIndex, asked: Float64, records: list[Any], lines: list[str]) -> Int64:
+    """The 100 best of every query, and what finding them costs."""
+    top = min(100, index.manifest.rows)
+    _, truth = search(index, asked, top, metric=METRIC, exact=True)
+    one = [
+        timed(partial(search, index, q[None], 10, metric=METRIC, exact=True))[0]
+        for q in asked[:EXACT_TIMED]
+    ]
+    nine, _ = timed(lambda: search(index, asked[:9], 10, metric=METRIC, exact=True))
+    note(records, lines, "exact, a query", p50=quantile(one, 0.5), p99=quantile(one, 0.99))
+    note(records, lines, "exact, 9 queries together", seconds=nine)
+    return truth
+
+
+def accelerated(
+    index: StoredIndex,
+    asked: Float64,
+    truth: Int64,
+    records: list[Any],
+    lines: list[str],
+) -> None:
+    """Build, size, recall and latency by number of candidates."""
+    rows, dim = index.manifest.rows, index.manifest.dim
+    _, scale = prepare(index, asked[:1], METRIC)
+    with peak_memory() as peak:
+        seconds, built = timed(lambda: Accelerator.ready(index, scale, METRIC))
+    if built is None:
+        raise IndexStoreError(f"no accelerator could be built in {index.folder}; see the warning")
+    files = list((index.folder / "faiss").rglob("*.*"))
+    codes = sum(f.stat().st_size for f in files if f.suffix == ".codes")
+    shared = sum(f.stat().st_size for f in files if f.suffix == ".npz")
+    note(
+        records, lines, "build accelerator", seconds=seconds, peak_mib=peak[0] / 2**20,
+        code_bytes_a_row=codes / rows, whitening_mib=shared / 2**20, disk_bytes_a_row=dim * 2,
+    )  # fmt: skip
+    everything = index.ok_positions
+    lines += [
+        "",
+        "| candidates | recall@10 | recall@100 | p50 ms | p99 ms |",
+        "|---|---|---|---|---|",
+    ]
+    for count in (c for c in CANDIDATES if 2 * c <= rows):
+        times, hits10, hits100 = [], [], []
+
+        def one(query: Float64, count: int = count) -> Int64:
+            vectors, scale = prepare(index, query[None], METRIC)
+            single = np.ascontiguousarray(vectors, dtype=np.float32)
+            proposed = built.candidates(single, count, everything)
+            found: Int64 = rescored(index, single, scale, proposed, min(100, count))[1][0]
+            return found
+
+        for query, best in zip(asked, truth, strict=True):
+            seconds, found = timed(partial(one, query))
+            times.append(seconds)
+            hits10.append(np.isin(best[:10], found[:10]).mean())
+            hits100.append(np.isin(best, found).mean())
+        record: dict[str, Any] = {
+            "what": "accelerated", "rows": rows, "dim": dim, "candidates": count,
+            "recall10": float(np.mean(hits10)), "recall100": float(np.mean(hits100)),
+            "p50": quantile(times, 0.5), "p99": quantile(times, 0.99),
+        }  # fmt: skip
+        records.append(record)
+        lines.append(
+            f"| {count:,} | {record['recall10']:.4f} | {record['recall100']:.4f} "
+            f"| {record['p50'] * 1e3:.1f} | {record['p99'] * 1e3:.1f} |"
+        )
+
+
+def on_gpu(
+    index: StoredIndex,
+    asked: Float64,
+    truth: Int64,
+    records: list[Any],
+    lines: list[str],
+) -> None:
+    """Exact on a GPU: its own time, and the whole search with scores from the processor."""
+    vectors, scale = prepare(index, asked, METRIC)
+    single = np.ascontiguousarray(vectors, dtype=np.float32)
+    seconds, resident = timed(lambda: gpu.Resident(index, scale, METRIC))
+    note(records, lines, "copy rows to the GPU", seconds=seconds)
+    everything = index.ok_positions
+
+    def own(query: Float32) -> list[Int64]:
+        return resident.candidates(query, 84, everything) or []
+
+    own_times, whole_times, hits = [], [], []
+    for query, best in zip(single, truth, strict=True):
+        own_times.append(timed(partial(own, query[None]))[0])
+        started = time.perf_counter()
+        _, found = rescored(index, query[None], scale, own(query[None]), 10)
+        whole_times.append(time.perf_counter() - started)
+        hits.append(np.isin(best[:10], found[0]).mean())
+    first = len(own_times) // 10  # the first queries warm up
+    note(
+        records, lines, "GPU, a query", p50=quantile(own_times[first:], 0.5),
+        p99=quantile(own_times[first:], 0.99),
+        with_scores_p50=quantile(whole_times[first:], 0.5), recall10=float(np.mean(hits)),
+        selectors=gpu.honours_selectors(),
+    )  # fmt: skip
+
+
+def note(records: list[Any], lines: list[str], what: str, **values: float) -> None:
+    """Add a measurement to both outputs."""
+    records.append({"what": what, **values})
+    lines.append(f"- {what}: " + ", ".join(f"{n} {v:.4g}" for n, v in values.items()))
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call took, and what it gave."""
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def quantile(values: list[float], q: float) -> float:
+    return float(np.quantile(values, q))
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Bytes by which this process's own memory (mapped files left out) rose at most."""
+    peak, stop = [0], threading.Event()
+    before = _own_memory()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            peak[0] = max(peak[0], _own_memory() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _own_memory() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
