@@ -73,7 +73,7 @@ def read_real(features: Path) -> Float32:
     else:
         try:
             real = np.load(features, allow_pickle=False).astype(np.float32)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise IndexStoreError(
                 f"--features {features}: {error}; give an index or a .npy"
             ) from error

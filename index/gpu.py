@@ -62,17 +62,22 @@ class Resident:
         self.metric = metric
         self._positions = index.ok_positions
         self._rows = _flat(index.manifest.dim)
-        largest = float(np.abs(scale).max())
-        factor = scale / np.float32(largest if largest > 0 else 1)
+        self._largest = np.float32(np.abs(scale).max())
+        factor = scale / self._largest
         for block, units in index.unit_blocks(self._positions, _BLOCK_ROWS):
             self._rows.add(decode_rows(units, factor[block]))
 
-    def candidates(self, queries: Float32, count: int, wanted: Int64) -> list[Int64] | None:
-        """The `count` best positions among `wanted` for each query, ascending."""
+    def scores(
+        self, queries: Float32, count: int, wanted: Int64 | None = None
+    ) -> tuple[Float32, Int64] | None:
+        """The `count` best scores and positions [Q, count], to a part in a hundred of the largest.
+
+        `wanted` limits them to some positions; None when this FAISS ignores selectors.
+        """
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         scaled = queries / np.where(lengths > 0, lengths, 1)  # half precision holds no extremes
         how = None
-        if len(wanted) < len(self._positions):
+        if wanted is not None and len(wanted) < len(self._positions):
             if not honours_selectors():
                 _log.warning(
                     "this FAISS for GPUs ignores selectors: the processor searches a part of the "
@@ -82,8 +87,13 @@ class Resident:
             chosen = np.isin(self._positions, wanted, assume_unique=True)
             bits = np.packbits(chosen, bitorder="little")
             how = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
-        _, found = self._rows.search(scaled, count, params=how)
-        return [np.sort(self._positions[row[row >= 0]]) for row in found]
+        values, found = self._rows.search(scaled, count, params=how)
+        return values * (lengths * self._largest), self._positions[found]
+
+    def candidates(self, queries: Float32, count: int, wanted: Int64) -> list[Int64] | None:
+        """The `count` best positions among `wanted` for each query, ascending."""
+        found = self.scores(queries, count, wanted)
+        return None if found is None else [np.sort(row) for row in found[1]]
 
 
 _RESIDENT: WeakKeyDictionary[StoredIndex, Resident] = WeakKeyDictionary()

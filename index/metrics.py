@@ -11,7 +11,8 @@ cosine      none             w cos(q, phi)                              w       
 cosine      query            w cos(K_lambda^-1 q, phi)                  w              K_lambda^-1 q, length 1
 cosine      both             w cos(K_lambda^-1/2 q, K_lambda^-1/2 phi)  w / |unit|_K   K_lambda^-1 q / |q|_K
 
-with |x|_K = sqrt(x^T K_lambda^-1 x). `both` multiplies either side by the symmetric inverse root
+with |x|_K = sqrt(x^T K_lambda^-1 x); elsewhere the length of a row is its norm as it was before
+rounding to half precision. `both` multiplies either side by the symmetric inverse root
 (TrackStar, Chang et al. 2024, with K in the place of its second-moment matrix), so that its inner
 product is that of `query`: K^-1/2 is symmetric and <K^-1/2 q, K^-1/2 phi> = <K^-1 q, phi>. Its
 cosine is not: it takes out the length of a row as the curvature sees it. lambda is `damping` times

@@ -119,6 +119,38 @@ def test_query_prints_writes_json_and_html(
     assert "http" not in html.read_text().replace("http-equiv", "")  # needs no network
 
 
+@pytest.mark.parametrize(
+    "metric",
+    [
+        (),
+        ("--preconditioning", "none"),
+        ("--similarity", "cosine", "--preconditioning", "both", "--damping", 0.5),
+    ],
+)
+def test_bottom_is_the_other_end_of_the_same_ranking(
+    headwater: Command, tmp_path: Path, index: Path, model_folder: Path, metric: tuple[object, ...]
+) -> None:
+    words = ("--prompt", "a red cat", "--contrast", "a drawing", "--top", 10, *metric)
+    results = {}
+    for name, more in {"top": (), "bottom": ("--bottom", "--exact")}.items():
+        code, _, err = ask(
+            headwater, index, model_folder, *words, *more, "--json", tmp_path / name
+        )  # fmt: skip
+        assert (code, err) == (0, "")
+        results[name] = json.loads((tmp_path / name).read_text())
+        assert results[name]["question"]["bottom"] == (name == "bottom")
+    ends = [[(hit["item_id"], hit["score"]) for hit in results[name]["hits"]] for name in results]
+    assert ends[0] == ends[1][::-1]
+    scores = [score for _, score in ends[0]]
+    assert len(set(scores)) == 10
+    if "cosine" in metric:
+        assert max(map(abs, scores)) <= 1 + 1e-5
+    plain = ask(headwater, index, model_folder, *words[:6], "--json", tmp_path / "plain")
+    assert plain[0] == 0
+    default = json.loads((tmp_path / "plain").read_text())["hits"]
+    assert ([hit["score"] for hit in default] == scores) == (not metric)
+
+
 @pytest.mark.parametrize("dim", [8, 256])  # fewer dimensions than rows, and more: both forms
 def test_scores_equal_a_dense_float64_reference(
     tmp_path: Path, corpus: Path, model_folder: Path, dim: int

@@ -1,0 +1,237 @@
+"""The accelerator finds what an exact search finds, is never stale, and gives way when it must."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+
+from headwater.index import IndexWriter, Metric, StoredIndex, accelerator, merge, search
+from headwater.index.manifest import Shard
+from headwater.index.metrics import prepare
+
+DIM, N, SHARD = 128, 6000, 500
+METRIC = Metric("ip", "query")
+
+
+def make_rows(n: int = N) -> npt.NDArray[np.float32]:
+    """Gradient-like: most of the length is one direction, the spectrum falls, there are groups."""
+    rng = np.random.default_rng(0)
+    spectrum = np.geomspace(1, 1e-2, DIM)
+    groups = rng.standard_normal((300, DIM))
+    turned = np.linalg.qr(rng.standard_normal((DIM, DIM)))[0]
+    rows = (groups[rng.integers(0, 300, n)] + 0.5 * rng.standard_t(4, (n, DIM))) * spectrum
+    rows[:, 0] += 2
+    return (rows @ turned).astype(np.float32)
+
+
+def write_index(folder: Path, rows: npt.NDArray[np.float32]) -> None:
+    writer = IndexWriter.create(folder, feature_space_id="s", recipe={}, dim=DIM)
+    thumbs = pa.table({"item_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())})
+    for first in range(0, len(rows), SHARD):
+        ids = [str(i) for i in range(first, min(first + SHARD, len(rows)))]
+        items = pa.table(
+            {"item_id": ids, "status": ["ok"] * len(ids), "error": pa.nulls(len(ids), pa.string())}
+        )
+        writer.add_shard(items, rows[first : first + SHARD], thumbs)
+    values, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows)
+    writer.write_curvature(
+        {
+            "eigenvalues": values[::-1],
+            "eigenvectors": np.ascontiguousarray(vectors[:, ::-1]),
+            "rows": np.array(len(rows)),
+        }
+    )
+    writer.finish()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("accelerator") / "idx"
+    write_index(folder, make_rows())
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the index, with sizes at which a small index is a large one."""
+    for name, value in {
+        "FROM_ROWS": 1000, "SEGMENT_ROWS": 2000, "LEAST": 300, "PER_HIT": 20,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(accelerator, name, value)
+    return shutil.copytree(whole, tmp_path / "idx")
+
+
+def asked(n: int = 20) -> npt.NDArray[np.float64]:
+    rows = make_rows(N + 2 * n)[N:].astype(np.float64)
+    return rows[:n] - rows[n:]
+
+
+def codes(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in folder.rglob("*.codes")}
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize(
+    "metric", [METRIC, Metric("cosine", "both"), Metric("ip", "none"), Metric("cosine", "query")]
+)
+def test_finds_what_exact_search_finds(folder: Path, metric: Metric, largest: bool) -> None:
+    index = StoredIndex.open(folder)
+    exact = search(index, asked(), 10, metric=metric, largest=largest, exact=True)
+    assert not codes(folder)
+    found = search(index, asked(), 10, metric=metric, largest=largest)
+    assert len(codes(folder)) == 3
+    hits = 0
+    for row in range(len(asked())):
+        both, here, there = np.intersect1d(exact[1][row], found[1][row], return_indices=True)
+        hits += len(both)
+        # What is found in both is scored alike, to the bit.
+        np.testing.assert_array_equal(exact[0][row][here], found[0][row][there])
+    assert hits >= 0.97 * found[1].size
+
+
+def test_whitening_keeps_inner_products_and_shortens_rows(folder: Path) -> None:
+    index = StoredIndex.open(folder)
+    rows, (solved, _) = make_rows(500), prepare(index, asked(), METRIC)
+    whitening = accelerator.Whitening.of(index, METRIC)
+    made, vectors = whitening.rows(rows), whitening.queries(solved.astype(np.float32))
+    expected = rows.astype(np.float64) @ solved.T
+    factor = (made @ vectors.T) / expected
+    assert np.median(np.abs(factor / np.median(factor, axis=0) - 1)) < 1e-3
+    assert 0.3 < np.median(np.linalg.norm(made, axis=1)) / np.median(
+        np.linalg.norm(rows, axis=1)
+    ) < 3  # fmt: skip
+
+
+def test_a_selection_is_honoured_and_few_survivors_are_searched_exactly(folder: Path) -> None:
+    index = StoredIndex.open(folder)
+    half = np.arange(1, N, 2)
+    exact = search(index, asked(), 10, metric=METRIC, positions=half, exact=True)
+    found = search(index, asked(), 10, metric=METRIC, positions=half)
+    assert np.isin(found[1], half).all()
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(exact[1], found[1], strict=True)]) > 0.97
+    few = np.arange(0, N, 60)
+    vectors, scale = prepare(index, asked(), METRIC)
+    single = vectors.astype(np.float32)
+    assert accelerator.candidates(index, single, scale, 10, few, METRIC) is None
+    assert accelerator.candidates(index, single, scale, 10, half, METRIC) is not None
+    assert accelerator.candidates(index, single, scale, 500, half, METRIC) is None
+    exact = search(index, asked(), 10, metric=METRIC, positions=few, exact=True)
+    found = search(index, asked(), 10, metric=METRIC, positions=few)
+    np.testing.assert_array_equal(exact[1], found[1])
+
+
+def test_kept_codes_are_used_again_and_a_copy_takes_them_along(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = search(StoredIndex.open(folder), asked(), 10, metric=METRIC)
+    assert "building" in caplog.text
+    caplog.clear()
+    built = codes(folder)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    for place in (folder, moved):
+        again = search(StoredIndex.open(place), asked(), 10, metric=METRIC)
+        np.testing.assert_array_equal(first[1], again[1])
+    assert codes(folder) == built
+    assert not caplog.text
+
+
+def test_other_shards_and_other_weights_make_other_codes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = StoredIndex.open(folder)
+    search(index, asked(), 10, metric=METRIC)
+    built = codes(folder)
+    # Two shards more than before: as an append leaves the folder.
+    grown = tmp_path / "grown"
+    write_index(grown, np.concatenate([make_rows(), make_rows(1000)]))
+    shutil.copytree(folder / "faiss", grown / "faiss")
+    larger = StoredIndex.open(grown)
+    exact = search(larger, asked(), 10, metric=METRIC, exact=True)
+    found = search(larger, asked(), 10, metric=METRIC)
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(exact[1], found[1], strict=True)]) > 0.97
+    assert (found[1] >= N).any()
+    now = codes(grown)
+    assert len(now) == 4
+    assert built.keys() < now.keys()
+    assert {name: now[name] for name in built} == built  # read, not written again
+    # Other weights of the same rows: nothing old may be used.
+    monkeypatch.setattr(StoredIndex, "weights", np.linspace(-1, 1, N).astype(np.float32))
+    weighted = StoredIndex.open(folder)
+    exact = search(weighted, asked(), 10, metric=METRIC, exact=True)
+    found = search(weighted, asked(), 10, metric=METRIC)
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(exact[1], found[1], strict=True)]) > 0.97
+    assert not codes(folder).keys() & built.keys()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "checksum", "whitening"])
+def test_damage_is_noticed_and_mended(
+    folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = search(StoredIndex.open(folder), asked(), 10, metric=METRIC)
+    caplog.clear()
+    path = next(folder.rglob("*.npz" if damage == "whitening" else "*.codes"))
+    if damage == "checksum":
+        path.with_name(path.name + ".sha256").unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0x40
+        path.write_bytes(data)
+    again = search(StoredIndex.open(folder), asked(), 10, metric=METRIC)
+    np.testing.assert_array_equal(first[1], again[1])
+    assert f"{path} is damaged" in caplog.text
+    caplog.clear()
+    search(StoredIndex.open(folder), asked(), 10, metric=METRIC)
+    assert not caplog.text
+
+
+def test_a_folder_that_takes_nothing_and_a_builder_elsewhere_mean_exact(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = StoredIndex.open(folder)
+    exact = search(index, asked(), 10, metric=METRIC, exact=True)
+    (folder / "faiss").write_text("a file where the folder would be")  # root may write anywhere
+    found = search(index, asked(), 10, metric=METRIC)
+    np.testing.assert_array_equal(exact[1], found[1])
+    assert "every row is looked at" in caplog.text
+    (folder / "faiss").unlink()
+    kind = folder / "faiss" / "ip-query-3"
+    kind.mkdir(parents=True)
+    caplog.clear()
+    with (kind / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        found = search(index, asked(), 10, metric=METRIC)
+    np.testing.assert_array_equal(exact[1], found[1])
+    assert "every row is looked at" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        search(index, asked(), 10, metric=METRIC)
+    assert len(codes(folder)) == 3
+
+
+def test_segments_take_whole_shards() -> None:
+    def shards(*sizes: int) -> list[Shard]:
+        return [Shard(f"part-{i:05d}", size, 0, {}) for i, size in enumerate(sizes)]
+
+    assert accelerator.segments(shards(5, 5, 5, 5, 5), 10) == [(0, 2), (2, 4), (4, 5)]
+    assert accelerator.segments(shards(30, 4), 10) == [(0, 1), (1, 2)]
+    assert accelerator.segments(shards(), 10) == []
+
+
+def test_results_of_parts_merge_into_that_of_the_whole(folder: Path) -> None:
+    index = StoredIndex.open(folder)
+    whole = search(index, asked(), 30, metric=METRIC, exact=True)
+    parts = [
+        search(index, asked(), 30, metric=METRIC, exact=True, positions=part)
+        for part in (np.arange(40), np.arange(40, 4000), np.arange(4000, N))
+    ]
+    merged = merge(parts, 30)
+    for one, other in zip(whole, merged, strict=True):
+        np.testing.assert_array_equal(one, other)

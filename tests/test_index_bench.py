@@ -1,0 +1,87 @@
+"""`headwater bench index` runs whole on a few rows, which are like those it was given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import Command
+
+from headwater.benchmarks.gradient_rows import Generator, compare
+from headwater.index import gpu
+
+
+@pytest.fixture(scope="module")
+def real() -> npt.NDArray[np.float32]:
+    """A far mean, a spectrum over two decades, heavy tails."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_t(5, (900, 32)) * np.geomspace(1, 1e-2, 32)
+    rows[:, 0] += 3
+    return (rows @ np.linalg.qr(rng.standard_normal((32, 32)))[0]).astype(np.float32)
+
+
+def test_generated_rows_have_the_moments_of_real_ones(real: npt.NDArray[np.float32]) -> None:
+    generator = Generator.fit(real)
+    made = np.concatenate(list(generator.blocks(20_000)))
+    assert made.shape == (20_000, 32)
+    again = np.concatenate(list(generator.blocks(3000)))
+    np.testing.assert_array_equal(again[:2048], made[:2048])
+    assert (np.concatenate(list(generator.blocks(2048, seed=1))) != made[:2048]).any()
+    centred = np.linalg.norm(real - real.mean(axis=0), axis=1).mean()
+    assert np.linalg.norm(made.mean(axis=0) - real.mean(axis=0)) < 0.03 * centred
+    variances = [
+        ((rows - real.mean(axis=0)) @ generator.basis.T).var(axis=0) for rows in (real, made)
+    ]
+    np.testing.assert_allclose(variances[1], variances[0], rtol=0.12)
+    assert len(np.unique(made, axis=0)) == len(made)
+    queries = (real[:50] - real[50:100]).astype(np.float64)
+    same = compare(real, real, queries)
+    assert all(r == m for r, m in same.values())
+    far = compare(real, np.random.default_rng(1).standard_normal(real.shape).astype("f4"), queries)
+    near = compare(real, made[:900], queries)
+
+    def off(table: dict[str, list[float]], name: str) -> float:
+        return abs(np.log(table[name][1] / table[name][0]))
+
+    for name in ("eigenvalue 1", "eigenvalue 10", "length, quantile 0.99"):
+        assert off(near, name) < 0.15
+    assert off(far, "eigenvalue 1") > 1
+
+
+def test_whole_run(headwater: Command, tmp_path: Path, real: npt.NDArray[np.float32]) -> None:
+    np.save(tmp_path / "real.npy", real)
+    code, out, _ = headwater(
+        "bench", "index", "--features", tmp_path / "real.npy", "--rows", 5000,
+        "--folder", tmp_path, "--out", tmp_path / "new" / "small",
+    )  # fmt: skip
+    assert code == 0
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("headwater-bench")] == []
+    text = (tmp_path / "new" / "small.md").read_text()
+    assert text in out
+    assert "5,000 rows x 32, 90 queries" in text
+    lines = (tmp_path / "new" / "small.jsonl").read_text().splitlines()
+    records = {r.get("what", r.get("figure")): r for r in map(json.loads, lines)}
+    assert records["build accelerator"]["disk_bytes_a_row"] == 64
+    # 32 dimensions, one bit each, two floats
+    assert 12 <= records["build accelerator"]["code_bytes_a_row"] < 16
+    frontier = [json.loads(x) for x in lines if json.loads(x).get("what") == "accelerated"]
+    recalls = [r["recall10"] for r in frontier]
+    assert recalls == sorted(recalls)
+    assert 0.3 < recalls[0] <= recalls[-1] <= 1
+    assert [r["candidates"] for r in frontier] == [200, 500, 1000, 2000]
+    assert ("GPU, a query" in records) == gpu.available()
+
+
+@pytest.mark.parametrize("content", [b"no array", b""])
+def test_refuses_what_is_no_array(headwater: Command, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    code, _, err = headwater("bench", "index", "--features", tmp_path / "x.npy")
+    assert code == 2
+    assert "x.npy" in err
+    np.save(tmp_path / "few.npy", np.ones((3, 4)))
+    code, _, err = headwater("bench", "index", "--features", tmp_path / "few.npy")
+    assert code == 2
+    assert "at least 40 real rows" in err

@@ -1,0 +1,220 @@
+"""Six metrics equal a dense float64 reference, on the processor and on a GPU if FAISS has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+
+from headwater.index import IndexStoreError, IndexWriter, Metric, StoredIndex, gpu, scores, search
+from headwater.index.metrics import Curvature, prepare, row_scale
+
+Float64 = npt.NDArray[np.float64]
+DIM, N, RANK = 64, 900, 40
+BAD = (5, 400)
+METRICS = [
+    Metric(similarity, preconditioning, damping=0.5)
+    for similarity in ("ip", "cosine")
+    for preconditioning in ("none", "query", "both")
+]
+ON_GPU = pytest.param(
+    True,
+    marks=pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it"),
+)
+
+
+def write_index(folder: Path, rank: int = RANK, dim: int = DIM, n: int = N) -> StoredIndex:
+    """Rows of a falling spectrum around a far mean, lengths and weights over decades."""
+    rng = np.random.default_rng(3)
+    basis = np.linalg.qr(rng.standard_normal((dim, dim)))[0][:rank] * (
+        0.85 ** np.arange(rank)[:, None]
+    )
+    rows = (rng.standard_normal((n, rank)) + 0.5) @ basis
+    rows *= rng.lognormal(-6, 1, (n, 1))
+    weights = rng.uniform(0.2, 3, n).astype(np.float32)
+    writer = IndexWriter.create(folder, feature_space_id="s", recipe={}, dim=dim)
+    stored = []
+    for first in range(0, n, 250):
+        numbers = range(first, min(first + 250, n))
+        items = pa.table(
+            {
+                "item_id": [str(i) for i in numbers],
+                "status": ["quarantined" if i in BAD else "ok" for i in numbers],
+                "error": pa.array(["broken" if i in BAD else None for i in numbers], pa.string()),
+                "row_weight": weights[first : first + 250],
+            }
+        )
+        thumbs = pa.table(
+            {"item_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())}
+        )
+        part = rows[first : first + 250].astype(np.float32)
+        stored.append(writer.add_shard(items, part, thumbs).astype(np.float64))
+    phi = np.concatenate(stored)
+    values, vectors = np.linalg.eigh(phi.T @ phi)
+    solid = values > values[-1] * 1e-12
+    writer.write_curvature(
+        {
+            "eigenvalues": values[solid][::-1],
+            "eigenvectors": np.ascontiguousarray(vectors[:, solid][:, ::-1]),
+            "rows": np.array(n - len(BAD)),
+        }
+    )
+    writer.finish()
+    return StoredIndex.open(folder)
+
+
+@pytest.fixture(scope="module", params=[RANK, DIM])
+def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StoredIndex:
+    """Once with a curvature of full rank, once with directions that no row has."""
+    return write_index(tmp_path_factory.mktemp("metrics") / "idx", request.param)
+
+
+def root(matrix: Float64) -> Float64:
+    """The symmetric inverse square root."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
+
+
+def reference(index: StoredIndex, queries: Float64, metric: Metric) -> Float64:
+    """[Q, N] from the files, by dense matrices and the definitions as they are written down."""
+    units = np.concatenate([index.features(s).astype(np.float64) for s in index.manifest.shards])
+    items = index.items()
+    phi = units * items["row_norm"].to_numpy().astype(np.float64)[:, None]
+    weights = items["row_weight"].to_numpy().astype(np.float64)
+    gram = phi.T @ phi
+    lam = metric.damping * np.trace(gram) / (phi.any(axis=1).sum())
+    inverse_root = root(gram + lam * np.eye(len(gram)))
+    left, right = queries, phi
+    if metric.preconditioning == "query":
+        left = queries @ inverse_root @ inverse_root
+    if metric.preconditioning == "both":
+        left, right = queries @ inverse_root, phi @ inverse_root
+    if metric.similarity == "cosine":
+        left = left / np.linalg.norm(left, axis=1, keepdims=True)
+        lengths = np.linalg.norm(right, axis=1)
+        if metric.preconditioning != "both":  # before rounding to half precision
+            lengths = items["row_norm"].to_numpy().astype(np.float64)
+        right = right / np.maximum(lengths, 1e-300)[:, None]
+    return np.asarray((left @ right.T) * weights)
+
+
+def asked(index: StoredIndex, n: int = 7) -> Float64:
+    rows = np.concatenate([block for _, block in index.blocks()]).astype(np.float64)
+    rng = np.random.default_rng(1)
+    return rows[rng.integers(0, 800, n)] - rows[rng.integers(0, 800, n)]
+
+
+@pytest.mark.parametrize("on_gpu", [False, ON_GPU])
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("metric", METRICS, ids=lambda m: f"{m.similarity}-{m.preconditioning}")
+def test_equals_dense_float64(
+    index: StoredIndex,
+    metric: Metric,
+    largest: bool,
+    on_gpu: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queries, used = asked(index), []
+    if on_gpu:
+        real = gpu.Resident.candidates
+        monkeypatch.setattr(gpu, "FROM_ROWS", 1)
+        monkeypatch.setattr(gpu.Resident, "candidates", lambda *a: used.append(1) or real(*a))
+    truth = reference(index, queries, metric)
+    for positions in (index.ok_positions, index.ok_positions[::2]):
+        found, where = search(
+            index, queries, 20, metric=metric, largest=largest, positions=positions,
+            exact=not on_gpu,
+        )  # fmt: skip
+        for values, got, row in zip(truth, found, where, strict=True):
+            allowed = values[positions]
+            best = np.sort(allowed)[::-1][:20] if largest else np.sort(allowed)[:20]
+            tolerance = 1e-5 * np.abs(allowed).max()
+            np.testing.assert_allclose(got, best, atol=tolerance, rtol=0)
+            np.testing.assert_allclose(got, values[row], atol=tolerance, rtol=0)
+            assert np.isin(row, positions).all()
+    assert len(used) == (2 if on_gpu else 0)
+
+
+@pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it")
+@pytest.mark.parametrize("metric", METRICS, ids=lambda m: f"{m.similarity}-{m.preconditioning}")
+def test_half_precision_scores_on_a_gpu(index: StoredIndex, metric: Metric) -> None:
+    queries = asked(index)
+    vectors, scale = prepare(index, queries, metric)
+    resident = gpu.Resident(index, scale, metric)
+    truth = reference(index, queries, metric)
+    in_half = resident.scores(vectors.astype(np.float32), 20)
+    assert in_half is not None
+    found, where = in_half
+    for values, got, row in zip(truth, found, where, strict=True):
+        np.testing.assert_allclose(got, values[row], atol=1e-2 * np.abs(values).max(), rtol=0)
+
+
+def test_both_sides_under_an_inner_product_rank_as_one(index: StoredIndex) -> None:
+    query = asked(index)[0]
+    one = scores(index, query, metric=Metric("ip", "query"))
+    both = scores(index, query, metric=Metric("ip", "both"))
+    np.testing.assert_array_equal(one, both)
+    cosine = scores(index, query, metric=Metric("cosine", "both"))
+    assert np.argsort(cosine).tolist() != np.argsort(one).tolist()
+
+
+def test_solve_is_what_attribution_computes(index: StoredIndex) -> None:
+    import torch
+
+    from headwater import attribution
+
+    queries = asked(index)
+    theirs = attribution.Curvature.from_arrays(index.curvature())
+    expected = theirs.precondition(torch.from_numpy(queries), 0.5).numpy()
+    found = Curvature.of(index).solve(queries, 0.5)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max())
+
+
+def test_lengths_are_kept_and_made_again_when_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = write_index(tmp_path / "idx")
+    metric = Metric("cosine", "both")
+    first = row_scale(index, metric)
+    (path,) = (tmp_path / "idx" / "faiss").glob("*.npy")
+    written = path.stat().st_mtime_ns
+    np.testing.assert_array_equal(row_scale(index, metric), first)
+    assert path.stat().st_mtime_ns == written
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    np.testing.assert_array_equal(row_scale(index, metric), first)
+    assert "damaged" in caplog.text
+    other = row_scale(index, Metric("cosine", "both", damping=7.0))
+    assert (other != first).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Metric("dot"), "similarity 'dot' is unknown; choose ip, cosine"),
+        (lambda: Metric("ip", "rows"), "choose none, query, both"),
+        (lambda: Metric(damping=0.0), "damping is 0.0"),
+        (lambda: Metric(damping=float("nan")), "damping is nan"),
+    ],
+)
+def test_refused_metrics(call: Any, message: str) -> None:
+    with pytest.raises(IndexStoreError, match=message):
+        call()
+
+
+def test_refused_queries(index: StoredIndex, tmp_path: Path) -> None:
+    with pytest.raises(IndexStoreError, match="no cosine"):
+        search(index, np.zeros((1, DIM)), 1, metric=Metric("cosine"))
+    writer = IndexWriter.create(tmp_path / "bare", feature_space_id="s", recipe={}, dim=2)
+    items = pa.table({"item_id": ["a"], "status": ["ok"], "error": pa.array([None], pa.string())})
+    thumbs = pa.table({"item_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())})
+    writer.add_shard(items, np.ones((1, 2), np.float32), thumbs)
+    writer.finish()
+    bare = StoredIndex.open(tmp_path / "bare")
+    with pytest.raises(IndexStoreError, match="holds no curvature"):
+        search(bare, np.ones((1, 2)), 1, metric=Metric("ip", "query"))
