@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from .index import IndexStoreError
     from .ingest import (
         ColumnNames,
+        Compaction,
+        Deletion,
         DeviceError,
         Estimate,
         IngestSummary,
         Progress,
         SourceError,
         build_index,
+        compact,
+        delete,
         estimate,
     )
     from .queries import Asking, Concept, Hit, Index, QueryError, Result, Section, write_report
@@ -36,12 +40,16 @@ _HOME = {
     "Reward": "attribution",
     "IndexStoreError": "index",
     "ColumnNames": "ingest",
+    "Compaction": "ingest",
+    "Deletion": "ingest",
     "DeviceError": "ingest",
     "Estimate": "ingest",
     "IngestSummary": "ingest",
     "Progress": "ingest",
     "SourceError": "ingest",
     "build_index": "ingest",
+    "compact": "ingest",
+    "delete": "ingest",
     "estimate": "ingest",
     "Asking": "queries",
     "Concept": "queries",
@@ -56,7 +64,9 @@ _HOME = {
 __all__ = [
     "Asking",
     "ColumnNames",
+    "Compaction",
     "Concept",
+    "Deletion",
     "DeviceError",
     "Estimate",
     "Hit",
@@ -73,6 +83,8 @@ __all__ = [
     "Section",
     "SourceError",
     "build_index",
+    "compact",
+    "delete",
     "estimate",
     "write_report",
 ]
