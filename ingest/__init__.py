@@ -13,7 +13,13 @@ prepare    items decoded and fitted, a few batches ahead of the device
 devices    where rows are computed: here, or in a process for each device
 processes  processes that work through tasks, answers in order
 tables     item columns and previews of a shard; quarantine
+plan       what an ingest was asked, its ranges, what is still to do
+journal    the work of an ingest, kept batch by batch
+held       what an index already holds of a source
+seal       the end of an ingest: unique ids, replaced rows, one commit
+spectrum   the curvature of an index after a change of its rows
 job        the ingest itself: source + model -> index
+maintenance  items deleted, and deleted rows taken from the disk
 estimate   what an ingest would take, from a few batches
 progress   how far an ingest has come
 errors     `SourceError` and `DeviceError`, for what a user can mend
@@ -27,12 +33,16 @@ from .errors import DeviceError, SourceError
 from .estimate import Estimate, estimate
 from .images import fingerprints, thumbnail
 from .job import IngestSummary, build_index
+from .maintenance import Compaction, Deletion, compact, delete
+from .plan import read_job
 from .progress import Progress, ProgressCallback
 from .signature import Signature, difference
 from .sources import Source, SourceItem, open_source, unique_ids
 
 __all__ = [
     "ColumnNames",
+    "Compaction",
+    "Deletion",
     "DeviceError",
     "Estimate",
     "IngestSummary",
@@ -43,12 +53,15 @@ __all__ = [
     "SourceError",
     "SourceItem",
     "build_index",
+    "compact",
+    "delete",
     "devices_named",
     "difference",
     "estimate",
     "fingerprints",
     "kind_of",
     "open_source",
+    "read_job",
     "thumbnail",
     "unique_ids",
 ]
