@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -163,7 +163,7 @@ class Engine:
         """The noise levels of a batch, on the recipe's trajectory."""
         states, null = self.states(captions)
         if self.recipe.trajectory == "inversion":
-            with running(self.execution):
+            with self._running():
                 return inversion_path(
                     self.model,
                     x_0,
@@ -219,12 +219,15 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `gradient`, unscaled, with the exact norm [B] of the whole gradient."""
         point = replace(point, x_t=point.x_t.detach().requires_grad_(through_input))
-        with torch.enable_grad(), running(self.execution), self._capture(point) as capture:
+        with torch.enable_grad(), self._running(), self._capture(point) as capture:
             e = self.model.noise(point.x_t, point.t, point.states)
             v = cotangent(self.model, point, e)
             scale = _power_of_two(v)
             projected, norm = capture.pull(e, v * scale.view(-1, *[1] * (v.ndim - 1)))
         return projected / scale[:, None], norm / scale, e.detach()
+
+    def _running(self) -> AbstractContextManager[None]:
+        return running(self.execution, cudnn_attention=self.model.family.cudnn_attention)
 
     @contextmanager
     def _capture(self, point: Point) -> Iterator[Capture | CompiledDenoiser]:

@@ -48,8 +48,11 @@ def set_checkpointing(denoiser: nn.Module, wanted: bool) -> None:
 
 
 @contextmanager
-def running(execution: Execution) -> Iterator[None]:
+def running(execution: Execution, *, cudnn_attention: bool = True) -> Iterator[None]:
     """Kernels that repeat to the bit, where that is asked for, and the caller's setting after.
+
+    Without `cudnn_attention` that kind of attention is not used, in forward passes, backward
+    passes and those that recompute activations alike.
 
     Raises:
         ModelError: the model uses an operation that has no repeatable kernel.
@@ -61,6 +64,9 @@ def running(execution: Execution) -> Iterator[None]:
     settings.fill_uninitialized_memory = False  # a safeguard that costs time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with it
     torch.use_deterministic_algorithms(execution.deterministic)
+    attention: Any = torch.backends.cuda
+    through_cudnn = attention.cudnn_sdp_enabled()
+    attention.enable_cudnn_sdp(through_cudnn and cudnn_attention)
     try:
         yield
     except RuntimeError as error:
@@ -71,3 +77,4 @@ def running(execution: Execution) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
         settings.fill_uninitialized_memory = filled
+        attention.enable_cudnn_sdp(through_cudnn)

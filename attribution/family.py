@@ -25,6 +25,7 @@ class Family(ABC):
     conditional: ClassVar[bool] = True  # whether the denoiser listens to captions
     patch: ClassVar[int] = 1  # side of the squares of x_t that are packed into channels
     even_sigmas: ClassVar[bool] = False  # see schedule.FlowSchedule
+    cudnn_attention: ClassVar[bool] = True  # whether its gradients may go through cuDNN's attention
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

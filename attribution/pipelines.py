@@ -7,13 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .conditions import Conditions
 from .errors import ModelError
 from .family import Family
-
-_NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class StableDiffusion(Family):
@@ -119,6 +116,9 @@ class Flux(Family):
     required = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     patch = 2
     even_sigmas = True
+    # It keeps a backward plan by the layouts of q, k and v alone. The single and the double blocks
+    # agree in these and differ in that of the gradient: the plan of one reads past the other's.
+    cudnn_attention = False
 
     def check(self) -> None:
         """Refuse latents that cannot be packed."""
@@ -153,17 +153,13 @@ class Flux(Family):
         places[..., 1] = torch.arange(height, device=x.device)[:, None]
         places[..., 2] = torch.arange(width, device=x.device)
         words = torch.zeros(c["encoder_hidden_states"].shape[1], 3, device=x.device)
-        # cuDNN's attention keeps a backward plan by the layouts of q, k and v alone. FLUX's single
-        # and double blocks agree in these and differ in that of the gradient: the plan of one
-        # reads past the end of the other's.
-        with sdpa_kernel(_NOT_CUDNN):
-            found: Tensor = denoiser(
-                F.pixel_unshuffle(x, self.patch).flatten(2).mT,  # [B, h w / 4, 4 C]
-                timestep=time / 1000,  # it multiplies by 1000 itself
-                txt_ids=words,
-                img_ids=places.flatten(0, 1),
-                **c,
-            ).sample
+        found: Tensor = denoiser(
+            F.pixel_unshuffle(x, self.patch).flatten(2).mT,  # [B, h w / 4, 4 C]
+            timestep=time / 1000,  # it multiplies by 1000 itself
+            txt_ids=words,
+            img_ids=places.flatten(0, 1),
+            **c,
+        ).sample
         return F.pixel_shuffle(found.mT.reshape(len(x), -1, height, width), self.patch)
 
 

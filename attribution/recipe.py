@@ -35,7 +35,7 @@ class Recipe:
     steps: int = 50  # DDIM grid that the noise levels are taken from, and the inversion walks
     guidance: float = 7.5  # of the inversion; without it the residual carries no concept
     projection: str = "sjlt"  # unbiased, and as fast as reading the gradient once
-    dim: int = 4096  # width of a row; 2 bytes each on disk
+    dim: int = 2048  # width of a row; 2 bytes each on disk
     dtype: str = "auto"  # of the denoiser's passes; cotangents and rows are always float32
     seed: int = 0  # of projection and noise
 

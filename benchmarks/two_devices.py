@@ -1,7 +1,7 @@
 """Measures an ingest over several devices against one, and compares what they wrote.
 
     python benchmarks/two_devices.py --corpus CORPUS.parquet --model MODEL_DIR \\
-        --devices cuda:0,cuda:1 --rows 18000 --batch 256 --out two-devices.md
+        --devices cuda:0,cuda:1 --rows 18000 --batch 512 --out two-devices.md
 
 The rate is that of the last three quarters of the images: starting processes is not in it.
 """
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--devices", default="cuda:0,cuda:1")
     parser.add_argument("--rows", type=int, default=18_000)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     names = args.devices.split(",")
@@ -44,6 +44,12 @@ def main() -> None:
         for count in (1, len(names)):
             steps: list[Progress] = []
             started = time.perf_counter()
+
+            def note(step: Progress, steps: list[Progress] = steps, since: float = started) -> None:
+                if not steps:
+                    print(f"first batch after {time.perf_counter() - since:.1f} s", flush=True)
+                steps.append(step)
+
             build_index(
                 args.corpus,
                 model,
@@ -52,7 +58,7 @@ def main() -> None:
                 batch_size=args.batch,
                 devices=names[:count],
                 compile=False,
-                progress=steps.append,
+                progress=note,
             )
             whole = time.perf_counter() - started
             first = next(step for step in steps if step.done >= steps[-1].done / 4)

@@ -214,6 +214,21 @@ def test_determinism_is_put_back_and_what_lacks_it_is_named() -> None:
         raise RuntimeError("other")
 
 
+@pytest.mark.parametrize(("make", "allowed"), [(tiny.flux, False), (tiny.stable_diffusion_3, True)])
+def test_flux_recomputes_without_cudnn_attention_too(make: Any, allowed: bool) -> None:
+    model = Model.from_pipeline(make(), device="cpu")
+    seen: list[bool] = []
+    block = model.denoiser.transformer_blocks[0].attn
+    block.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    shape = (2, *model.sample_shape)
+    x_0 = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(timesteps=2, steps=6, dim=64)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    Engine(model, recipe, Execution(checkpointing=True)).rows(x_0, CAPTIONS[:2], KEYS[:2])
+    assert seen == [allowed and before] * 4  # two points, each computed and computed again
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_layer_called_with_another_batch_is_named(model: Model) -> None:
     class Doubled(nn.Module):
         def __init__(self) -> None:
