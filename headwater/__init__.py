@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attribution import Model, ModelError, Recipe, Reward
-    from .index import IndexStoreError
+    from .index import ClusterError, IndexStoreError, SearchCluster
     from .ingest import (
         ColumnNames,
         DeviceError,
@@ -34,7 +34,9 @@ _HOME = {
     "ModelError": "attribution",
     "Recipe": "attribution",
     "Reward": "attribution",
+    "ClusterError": "index",
     "IndexStoreError": "index",
+    "SearchCluster": "index",
     "ColumnNames": "ingest",
     "DeviceError": "ingest",
     "Estimate": "ingest",
@@ -55,6 +57,7 @@ _HOME = {
 
 __all__ = [
     "Asking",
+    "ClusterError",
     "ColumnNames",
     "Concept",
     "DeviceError",
@@ -70,6 +73,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Reward",
+    "SearchCluster",
     "Section",
     "SourceError",
     "build_index",

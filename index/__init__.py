@@ -7,17 +7,22 @@ reader     an index as it was last committed: items, streamed rows, curvature, p
 catalog    `--where` expressions over item columns, run in a locked DuckDB
 outliers   items whose gradient norm stands apart
 search     exact maximum inner product over streamed rows (FAISS)
+excerpt    some shards of an index, read as an index of their own
+actors     search over Ray actors that each hold some shards
+cluster    a connection to a Ray cluster
 ledger     who did what and when, each line hashing the one before
 rows       a feature row as stored: a unit vector in half precision and its length
 lock       one writer at a time
 files      durable writing: temporary name, fsync, rename
-errors     `IndexStoreError`, for what a user can mend
+errors     `IndexStoreError` and `ClusterError`, for what a user can mend
 """
 
 from __future__ import annotations
 
+from .actors import SearchCluster
 from .catalog import Catalog, Summary, filter_positions
-from .errors import IndexStoreError
+from .cluster import connected
+from .errors import ClusterError, IndexStoreError
 from .manifest import (
     JOB_FILE,
     Manifest,
@@ -36,14 +41,17 @@ from .writer import IndexWriter
 __all__ = [
     "JOB_FILE",
     "Catalog",
+    "ClusterError",
     "EncodedRows",
     "IndexStoreError",
     "IndexWriter",
     "Manifest",
     "Outlier",
+    "SearchCluster",
     "Shard",
     "StoredIndex",
     "Summary",
+    "connected",
     "encode_items",
     "filter_positions",
     "merged_schema",

@@ -1,0 +1,72 @@
+"""Some consecutive shards of an index, read as an index of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from .manifest import Manifest
+from .reader import Int64, StoredIndex
+
+
+class Excerpt(StoredIndex):
+    """The shards `start` to `stop` - 1 of an index; positions count from the first of their rows.
+
+    Position p of the excerpt is position `first_row` + p of the index. Curvature is that of the
+    whole index. Only these shards' items and rows are read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        start: int,
+        stop: int,
+        schema: pa.Schema | None = None,
+    ) -> None:
+        """Look at shards of the index in `folder`.
+
+        manifest  of the whole index
+        schema    of the items of the whole index, where some shards lack a column or have a
+                  narrower type
+        """
+        shards = manifest.shards[start:stop]
+        rows = sum(shard.items for shard in shards)
+        quarantined = sum(shard.quarantined for shard in shards)
+        self.first_row = sum(shard.items for shard in manifest.shards[:start])
+        self._whole = StoredIndex(folder, manifest)
+        self._schema = schema
+        super().__init__(
+            folder, replace(manifest, shards=shards, rows=rows, quarantined=quarantined)
+        )
+
+    @cached_property
+    def deleted_positions(self) -> Int64:
+        """Ascending positions, in the excerpt, of its deleted items."""
+        deleted = self._whole.deleted_positions - self.first_row
+        return deleted[(deleted >= 0) & (deleted < self.manifest.rows)]
+
+    @cached_property
+    def _items(self) -> pa.Table:
+        items = super()._items
+        if self._schema is None:
+            return items
+        return pa.concat_tables(
+            [self._schema.empty_table(), items], promote_options="permissive"
+        ).combine_chunks()
+
+
+def split_shards(manifest: Manifest, parts: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of at most `parts` runs of shards with about as many rows each.
+
+    Every shard is in one of them and none is empty.
+    """
+    ends = np.cumsum([shard.items for shard in manifest.shards])
+    wanted = manifest.rows * np.arange(1, parts) / parts
+    cuts = {0, len(ends), *(np.searchsorted(ends, wanted) + 1).tolist()}
+    return list(pairwise(sorted(cuts)))
