@@ -66,7 +66,8 @@ def split_shards(manifest: Manifest, parts: int) -> list[tuple[int, int]]:
 
     Every shard is in one of them and none is empty.
     """
-    ends = np.cumsum([shard.items for shard in manifest.shards])
-    wanted = manifest.rows * np.arange(1, parts) / parts
-    cuts = {0, len(ends), *(np.searchsorted(ends, wanted) + 1).tolist()}
-    return list(pairwise(sorted(cuts)))
+    sizes = np.array([shard.items for shard in manifest.shards])
+    middles = np.cumsum(sizes) - sizes / 2
+    homes = middles * parts // manifest.rows
+    cuts = (np.flatnonzero(np.diff(homes)) + 1).tolist()
+    return list(pairwise([0, *cuts, len(sizes)]))
