@@ -86,7 +86,7 @@ def test_scores_of_an_excerpt_are_those_of_the_index(index: StoredIndex) -> None
     query = np.linspace(-1, 1, DIM, dtype=np.float32)[None]
     scores, found = search(index, query, len(index.ok_positions))
     whole = dict(zip(found[0].tolist(), scores[0].tolist(), strict=True))
-    for excerpt in excerpts(index, 3):
+    for excerpt in excerpts(index, 2):
         few, local = search(excerpt, query, len(excerpt.ok_positions))
         for position, score in zip((local[0] + excerpt.first_row).tolist(), few[0], strict=True):
             assert whole.pop(position) == score
