@@ -79,6 +79,12 @@ class Gram:
         self.matrix.addmm_(block.mT, block)
         self.rows += len(block)
 
+    def remove(self, block: Tensor) -> None:
+        """Take rows [n, dim] out again that were added before."""
+        block = block.to(self.matrix.device, torch.float64)
+        self.matrix.addmm_(block.mT, block, alpha=-1)
+        self.rows -= len(block)
+
     def curvature(self) -> Curvature:
         """Decompose the dim x dim matrix (the primal form, for at least as many rows)."""
         values, vectors = torch.linalg.eigh(self.matrix)

@@ -59,7 +59,8 @@ class Engine:
         set_checkpointing(model.denoiser, self.execution.checkpointing)
         unwire(model.denoiser)
         self._graph: CompiledDenoiser | None = None
-        # Size of compiled batches, 0 for that of the first: a smaller one is filled up, a larger
+        # Size of every batch where rows shall repeat to the bit: they depend on it in rounding.
+        # Compiled batches have it too (0: that of the first): a smaller one is filled up, a larger
         # one runs uncompiled rather than compile anew.
         self.batch_size = 0
         self._tried = False
@@ -194,7 +195,8 @@ class Engine:
 
     def states(self, captions: Sequence[str]) -> tuple[Conditions | None, Conditions | None]:
         """What the captions let the denoiser hear and, beside it, as many empty prompts."""
-        return self.model.encode_prompts(captions), self.model.encode_prompts([""] * len(captions))
+        heard = self.model.encode_prompts(captions, apart=self.batch_size > 0)
+        return heard, self.model.encode_prompts([""] * len(captions))
 
     def method_gradient(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
         """`gradient` with the cotangent of the recipe's method."""

@@ -200,8 +200,11 @@ class Model:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditions | None:
+    def encode_prompts(self, prompts: Sequence[str], *, apart: bool = False) -> Conditions | None:
         """Prompts -> what the denoiser hears, one row each.
+
+        A repeated prompt is encoded once; with `apart` each in its own place, so that its row
+        depends on no other prompt even in rounding, only on its place and their number.
 
         An empty prompt is what the pipeline guides against. Where the model knows no such thing,
         empty prompts alone give None: nothing is heard.
@@ -213,7 +216,8 @@ class Model:
         words = [prompt if prompt.strip() else "" for prompt in prompts]
         if not any(words):
             return None if self._null is None else self._null.expand(len(words))
-        unique = list(dict.fromkeys(filter(None, words)))
+        spoken = list(filter(None, words))
+        unique = [word or spoken[0] for word in words] if apart else list(dict.fromkeys(spoken))
         with quiet_libraries():
             parts = [
                 self.family.encode(unique[start : start + _PROMPTS], self.device)
@@ -225,7 +229,8 @@ class Model:
             parts.append(self._null)
             unique.append("")
         place = {prompt: i for i, prompt in enumerate(unique)}
-        rows = torch.tensor([place[word] for word in words], device=self.device)
+        chosen = [i if apart and word else place[word] for i, word in enumerate(words)]
+        rows = torch.tensor(chosen, device=self.device)
         return Conditions.cat(parts).rows(rows)
 
     def output(self, x_t: Tensor, t: Tensor, states: Conditions | None) -> Tensor:

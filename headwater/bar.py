@@ -50,8 +50,8 @@ def status(recent: deque[Progress], progress: Progress) -> str:
     oldest = recent[0]
     items, seconds = progress.done - oldest.done, progress.elapsed - oldest.elapsed
     if not items:  # the first batch: all there is to go by
-        items, seconds = progress.done, progress.elapsed
-    rate = items / max(seconds, 1e-9)
+        items, seconds = progress.done - progress.resumed, progress.elapsed
+    rate = max(items, 1) / max(seconds, 1e-9)
     left = duration((progress.total - progress.done) / rate)
     return (
         f"{rate:.1f} img/s, {left} left, {amount(progress.bytes_read)} read, "

@@ -219,14 +219,15 @@ def inspect(index: Folder) -> None:
     from headwater.index import Catalog, StoredIndex, norm_outliers
 
     stored = StoredIndex.open(index)
-    manifest, summary = stored.manifest, Catalog(stored.items()).summary()
+    manifest, items = stored.manifest, stored.items().take(stored.live_positions)
+    summary = Catalog(items).summary()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("items", f"{summary.rows:,}")
     table.add_row("searchable", f"{summary.ok:,}")
     table.add_row("quarantined", f"{summary.quarantined:,}")
     for reason, count in summary.reasons.items():
         table.add_row("", escape(f"{count:,} x {reason}"))
-    outliers = norm_outliers(stored.items())
+    outliers = norm_outliers(items)
     table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
     for line in outlier_lines(outliers):
         table.add_row("", escape(line))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -321,6 +322,8 @@ def _settle(folder: Path, manifest: Manifest | None) -> None:
                 ledger.append(folder, line["event"], line["details"])
         path.unlink()
     _remove_unlisted(folder, manifest)
+    if not _job_is_open(folder, manifest):
+        shutil.rmtree((folder / JOB_FILE).parent, ignore_errors=True)
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest | None) -> None:
@@ -352,5 +355,8 @@ def _job_is_open(folder: Path, manifest: Manifest | None) -> bool:
     path = folder / JOB_FILE
     if not path.exists():
         return False
-    first_part: int = json.loads(path.read_bytes())["first_part"]
+    try:
+        first_part = int(json.loads(path.read_bytes())["first_part"])
+    except (ValueError, KeyError, TypeError):
+        return True  # whoever goes on with it will see
     return manifest is None or first_part >= manifest.next_part

@@ -37,7 +37,8 @@ class Pictures:
     pixels: npt.NDArray[np.uint8]  # [n, H, W, 3], fitted to the model
     captions: list[str]
     keys: list[str]
-    batch_size: int  # of batches of which nothing was quarantined
+    places: list[int]  # ascending; a picture runs in pass place // width, at place % width in it
+    width: int  # pictures in every pass, whatever the batch holds of them
 
 
 @dataclass(frozen=True)
@@ -155,36 +156,54 @@ def compute_rows(engine: Engine, batches: Iterable[Pictures | None]) -> Iterator
 
 
 class _Started:
-    """A batch whose work was handed to the device; on a GPU it may still go on."""
+    """A batch whose work was handed to the device; on a GPU it may still go on.
+
+    A row depends to rounding on the width of its pass and on its place in it, never on the other
+    rows. Both are fixed by the job, and places without a picture are filled: so a row is the same
+    to the bit wherever batches were cut.
+    """
 
     def __init__(self, engine: Engine, batch: Pictures) -> None:
-        model, dim = engine.model, engine.projector.dim
-        self._device = model.device
-        pixels = torch.from_numpy(batch.pixels)
-        if not len(pixels):
-            self._parts = [torch.zeros(0, dim), torch.zeros(0), torch.zeros(0)]
-            return
-        engine.batch_size = batch.batch_size
+        self._device = engine.model.device
+        self._dim = engine.projector.dim
+        engine.batch_size = batch.width
+        passes: dict[int, list[int]] = {}
+        for picture, place in enumerate(batch.places):
+            passes.setdefault(place // batch.width, []).append(picture)
         try:
-            if self._device.type == "cuda":
-                # From pinned memory the copy runs beside the computation of the batch before.
-                pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-            rows = engine.rows(model.encode_pictures(pixels), batch.captions, batch.keys)
+            self._passes = [_pass(engine, batch, pictures) for pictures in passes.values()]
         except torch.OutOfMemoryError as error:
             raise DeviceError(
-                f"{self._device}: out of memory with {len(pixels)} images at once; "
+                f"{self._device}: out of memory with {batch.width} images at once; "
                 "lower --batch-size or add --low-memory"
             ) from error
-        parts = (rows.features, rows.weights, rows.norms)
-        self._parts = [_to_host(part) for part in parts]
         if self._device.type == "cuda":
             self._copied = torch.cuda.current_stream(self._device).record_event()
 
     def finished(self) -> BatchRows:
-        if self._device.type == "cuda" and len(self._parts[0]):
+        if self._device.type == "cuda" and self._passes:
             self._copied.synchronize()
-        features, weights, norms = (part.numpy() for part in self._parts)
+        found = [(torch.zeros(0, self._dim), torch.zeros(0), torch.zeros(0))]
+        found += [(f[own], w[own], n[own]) for (f, w, n), own in self._passes]
+        features, weights, norms = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
         return BatchRows(features, weights, norms, peak_memory(self._device))
+
+
+def _pass(
+    engine: Engine, batch: Pictures, pictures: list[int]
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
+    """Features, weights and norms of a pass on their way to the host, and which rows count."""
+    places = [batch.places[picture] % batch.width for picture in pictures]
+    filled = pictures[:1] * batch.width
+    for picture, place in zip(pictures, places, strict=True):
+        filled[place] = picture
+    pixels = torch.from_numpy(batch.pixels[filled])
+    if engine.model.device.type == "cuda":
+        # From pinned memory the copy runs beside the computation of the batch before.
+        pixels = pixels.pin_memory().to(engine.model.device, non_blocking=True)
+    captions, keys = ([values[p] for p in filled] for values in (batch.captions, batch.keys))
+    rows = engine.rows(engine.model.encode_pictures(pixels), captions, keys)
+    return (_to_host(rows.features), _to_host(rows.weights), _to_host(rows.norms)), places
 
 
 def _to_host(part: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from .columns import ColumnNames
 from .devices import open_devices
 from .errors import SourceError
 from .job import computed, opened
-from .prepare import SHARD_ITEMS, prepared_batches
+from .plan import SHARD_ITEMS, chunks, everything
+from .prepare import prepared_batches
 from .tables import items_table, joined, previews_table
 
 
@@ -69,9 +70,8 @@ def estimate(
         batch_size = batch_size or ready.batch_size()
         sample = replace(items, positions=items.positions[: batch_size * workers * (1 + batches)])
         with prepared_batches(
-            sample,
+            chunks(sample, everything(sample), batch_size, lambda _: None),
             model.image_size,
-            batch_size,
             refuses=model.refuses,
             processes=ready.image_processes,
         ) as prepared:
@@ -95,7 +95,7 @@ def estimate(
         seconds=len(items) / rate,
         peak_memory=max(found.peak_memory for _, found in all_found),
         disk_bytes=_extrapolated(items_table(known, items.extra_schema), len(items))
-        + _extrapolated(previews_table(known, previews), usable)
+        + _extrapolated(previews_table([item["item_id"] for item in known], previews), usable)
         + _arrays(len(items), usable, engine.projector.dim),
         sampled=len(known),
         quarantined=dict(reasons.most_common()),

@@ -1,4 +1,4 @@
-"""From the items of a source to batches ready for a model: decoded, fitted, fingerprinted.
+"""From chunks of a source to batches ready for a model: decoded, fitted, fingerprinted.
 
 Reading and decoding run ahead of the device, in threads or processes, a few batches at most; the
 order is that of the source.
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from headwater.attribution import ImageRejected, decode, fit
 
 from .errors import SourceError
 from .images import fingerprints, thumbnail
+from .plan import Chunk, Span
 from .processes import Crew, Work
 from .sources import SourceItem
 
-SHARD_ITEMS = 2048  # items a shard holds: about 16 MB of rows at 4096 dimensions
 # A 64 x 64 PNG takes 0.7 ms, much of it under the interpreter's lock: threads stop gaining near
 # 2,000 images a second and slow down whatever else Python does. With processes an image costs this
 # one 0.2 ms. Photographs take ten or a hundred times as long, hence as many as eight.
@@ -37,6 +36,7 @@ _AHEAD = PREPARERS + 2  # batches in memory before the device
 class PreparedBatch:
     """Some items in the order of the source; pixels of those that have a picture."""
 
+    span: Span  # the records that it stands for
     keys: list[str]  # of every item; noise is drawn by them
     columns: list[dict[str, Any]]  # of every item; `status` and `error` say what became of it
     previews: list[bytes | None]
@@ -45,12 +45,15 @@ class PreparedBatch:
     bytes_read: int  # of encoded images
 
 
-def prepare_batch(items: list[SourceItem], size: tuple[int, int]) -> PreparedBatch:
-    """Decode items for a model of `size` = (height, width), or put down why they cannot be used.
+def prepare_batch(chunk: Chunk, size: tuple[int, int]) -> PreparedBatch:
+    """Decode the items of a chunk for a model of `size` = (height, width).
+
+    Of those that cannot be used is put down why.
 
     Raises:
         SourceError: something unforeseen in one of them; names the item.
     """
+    items = chunk.items
     columns, previews, usable, pixels = [], [], [], []
     for position, item in enumerate(items):
         try:
@@ -68,60 +71,51 @@ def prepare_batch(items: list[SourceItem], size: tuple[int, int]) -> PreparedBat
     stacked = np.stack(pixels) if pixels else np.zeros((0, *size, 3), np.uint8)
     bytes_read = sum(len(item.data) for item in items if item.data is not None)
     keys = [item.key for item in items]
-    return PreparedBatch(keys, columns, previews, usable, stacked, bytes_read)
+    return PreparedBatch(chunk.span, keys, columns, previews, usable, stacked, bytes_read)
 
 
 @contextmanager
 def prepared_batches(
-    items: Iterable[SourceItem],
+    chunks: Iterable[Chunk],
     size: tuple[int, int],
-    batch_size: int,
     *,
     refuses: Callable[[str], str | None],
     processes: bool,
 ) -> Iterator[Iterator[PreparedBatch]]:
-    """The batches of a source, in order, prepared ahead of whoever takes them.
+    """The batches of a source, one for each chunk, prepared ahead of whoever takes them.
 
-    A batch never spans two shards. `refuses` gives the reason why a model cannot hear a caption,
+    `refuses` gives the reason why a model cannot hear a caption,
     or None. `processes` takes processes instead of threads; whatever is
     running ends with the context.
     """
     with ExitStack() as stack:
         reader = stack.enter_context(_threads(1))
-        chunks = _read_ahead(reader, _chunks(_heard(items, refuses), batch_size))
+        ahead = _read_ahead(reader, (_heard(chunk, refuses) for chunk in chunks))
         if processes:
             names = [f"image process {number}" for number in range(1, PREPARERS + 1)]
             crew = stack.enter_context(Crew(_serve, {name: (size,) for name in names}))
-            yield crew.map(chunks)
+            yield crew.map(ahead)
         else:
-            yield _in_threads(stack.enter_context(_threads(PREPARERS)), chunks, size)
+            yield _in_threads(stack.enter_context(_threads(PREPARERS)), ahead, size)
 
 
 def _serve(size: tuple[int, int]) -> tuple[None, Work]:
     """What an image process does; see `processes.Setup`."""
 
-    def work(chunks: Iterator[list[SourceItem] | None]) -> Iterator[PreparedBatch]:
+    def work(chunks: Iterator[Chunk | None]) -> Iterator[PreparedBatch]:
         yield from (prepare_batch(chunk, size) for chunk in chunks if chunk is not None)
 
     return None, work
 
 
-def _heard(
-    items: Iterable[SourceItem], refuses: Callable[[str], str | None]
-) -> Iterator[SourceItem]:
-    for item in items:
+def _heard(chunk: Chunk, refuses: Callable[[str], str | None]) -> Chunk:
+    """The chunk, its items without their image where the model cannot hear the caption."""
+
+    def heard(item: SourceItem) -> SourceItem:
         reason = item.error or refuses(item.caption)
-        yield replace(item, data=None, error=reason) if reason else item
+        return replace(item, data=None, error=reason) if reason else item
 
-
-def _chunks(items: Iterable[SourceItem], batch_size: int) -> Iterator[list[SourceItem]]:
-    stream = iter(items)
-    while True:
-        for first in range(0, SHARD_ITEMS, batch_size):
-            chunk = list(islice(stream, min(batch_size, SHARD_ITEMS - first)))
-            if not chunk:
-                return
-            yield chunk
+    return replace(chunk, items=[heard(item) for item in chunk.items])
 
 
 @contextmanager
@@ -134,9 +128,7 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor, chunks: Iterator[list[SourceItem]]
-) -> Iterator[list[SourceItem]]:
+def _read_ahead(pool: ThreadPoolExecutor, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """The same chunks, the next ones read by the pool's one thread meanwhile."""
     waiting = deque(pool.submit(next, chunks, None) for _ in range(2))
     while (chunk := waiting.popleft().result()) is not None:
@@ -145,7 +137,7 @@ def _read_ahead(
 
 
 def _in_threads(
-    pool: ThreadPoolExecutor, chunks: Iterator[list[SourceItem]], size: tuple[int, int]
+    pool: ThreadPoolExecutor, chunks: Iterator[Chunk], size: tuple[int, int]
 ) -> Iterator[PreparedBatch]:
     waiting: deque[Future[PreparedBatch]] = deque()
     for chunk in chunks:

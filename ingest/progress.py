@@ -15,6 +15,7 @@ class Progress:
     quarantined: int  # of those done
     bytes_read: int  # encoded images, as they lie in the source
     elapsed: float  # seconds since the first batch was asked for
+    resumed: int = 0  # of the items done, those that an earlier run had done
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -67,10 +67,10 @@ def items_table(items: Sequence[dict[str, Any]], extra: pa.Schema) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def previews_table(items: Sequence[dict[str, Any]], previews: Sequence[bytes | None]) -> pa.Table:
+def previews_table(ids: Sequence[str], previews: Sequence[bytes | None]) -> pa.Table:
     """The previews of a shard, of the items that have one."""
-    pairs = zip(items, previews, strict=True)
-    shown = [(item["item_id"], preview) for item, preview in pairs if preview is not None]
+    pairs = zip(ids, previews, strict=True)
+    shown = [(name, preview) for name, preview in pairs if preview is not None]
     return pa.table(
         {
             "item_id": pa.array([name for name, _ in shown], pa.string()),

@@ -23,7 +23,7 @@ from conftest import Command, corpus_table
 
 from headwater import DeviceError, Model, ModelError, Progress, Recipe, build_index
 from headwater.attribution import Engine, Execution
-from headwater.ingest import SourceError, devices, devices_named, job, prepare
+from headwater.ingest import SourceError, devices, devices_named, job
 from headwater.ingest.devices import Pictures, compute_rows
 from headwater.ingest.processes import Crew
 
@@ -64,7 +64,6 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_two_devices_write_the_bytes_of_one(
     tmp_path: Path, model: Model, broken_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "SHARD_ITEMS", 18)
     monkeypatch.setattr(job, "SHARD_ITEMS", 18)
     seen: dict[str, list[Progress]] = {}
     for name, chosen in (("one", None), ("two", ["cpu", "cpu"])):
@@ -198,7 +197,7 @@ def test_rows_of_a_batch_are_those_of_the_engine(model: Model) -> None:
     first, none, again = compute_rows(
         engine, [Pictures(pixels, captions, keys, 4), empty, Pictures(pixels, captions, keys, 4)]
     )
-    rows = engine.rows(model.encode_pictures(pixels), captions, keys)
+    rows = engine.rows(engine.encode(torch.from_numpy(pixels)), captions, keys)
     for found in (first, again):
         assert np.array_equal(found.features, rows.features.numpy())
         assert np.array_equal(found.norms, rows.norms.numpy())

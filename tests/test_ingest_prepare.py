@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from conftest import png
 
 from headwater.attribution import decode, fit
 from headwater.ingest import SourceError, fingerprints, prepare, thumbnail
+from headwater.ingest.plan import Chunk, Span
 from headwater.ingest.prepare import PreparedBatch, prepare_batch, prepared_batches
 from headwater.ingest.sources import SourceItem
 
@@ -34,13 +35,20 @@ def hears(_: str) -> None:
     """A model that hears every caption."""
 
 
+def cut(items: Iterable[SourceItem], batch_size: int) -> Iterator[Chunk]:
+    stream, start = iter(items), 0
+    while part := list(islice(stream, batch_size)):
+        yield Chunk(Span(0, start, start + len(part), start, start + len(part)), part)
+        start += len(part)
+
+
 def ids(batch: PreparedBatch) -> list[str]:
     return [columns["item_id"] for columns in batch.columns]
 
 
 def test_a_batch_holds_what_the_item_by_item_loop_gives() -> None:
     items = [item(0), item(1, b"no picture"), item(2, error="no such file"), item(3)]
-    batch = prepare_batch(items, SIZE)
+    batch = prepare_batch(*cut(items, 9), SIZE)
     assert batch.usable == [0, 3]
     assert batch.keys == ["k0", "k1", "k2", "k3"]
     assert batch.bytes_read == sum(len(i.data) for i in items if i.data is not None)
@@ -56,14 +64,14 @@ def test_a_batch_holds_what_the_item_by_item_loop_gives() -> None:
     assert [batch.columns[i]["status"] for i in (1, 2)] == ["quarantined"] * 2
     assert batch.columns[2]["error"] == "no such file"
     assert [batch.previews[i] for i in (1, 2)] == [None, None]
-    assert prepare_batch(items[1:3], SIZE).pixels.shape == (0, 8, 8, 3)
+    assert prepare_batch(*cut(items[1:3], 9), SIZE).pixels.shape == (0, 8, 8, 3)
 
 
-def test_batches_keep_the_order_and_never_span_two_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "SHARD_ITEMS", 10)
-    with prepared_batches(map(item, range(25)), SIZE, 4, refuses=hears, processes=False) as batches:
+def test_batches_keep_the_order_and_say_which_records_they_are() -> None:
+    pieces = list(cut(map(item, range(25)), 4))
+    with prepared_batches(pieces, SIZE, refuses=hears, processes=False) as batches:
         found = list(batches)
-    assert [len(batch.columns) for batch in found] == [4, 4, 2, 4, 4, 2, 4, 1]
+    assert [batch.span for batch in found] == [piece.span for piece in pieces]
     assert [name for batch in found for name in ids(batch)] == [f"i{n}" for n in range(25)]
 
 
@@ -73,7 +81,7 @@ def test_captions_that_the_model_cannot_hear_are_put_down() -> None:
 
     items = [replace(item(n), caption="unicorn" if n == 1 else "cat") for n in range(3)]
     items[2] = replace(items[2], data=None, error="no such file", caption="unicorn")
-    with prepared_batches(items, SIZE, 4, refuses=refuses, processes=False) as batches:
+    with prepared_batches(cut(items, 4), SIZE, refuses=refuses, processes=False) as batches:
         (batch,) = batches
     assert batch.usable == [0]
     reasons = [columns["error"] for columns in batch.columns]
@@ -85,7 +93,7 @@ def test_processes_prepare_what_threads_do(monkeypatch: pytest.MonkeyPatch) -> N
     items = [item(n, b"" if n == 5 else None) for n in range(23)]
     found: dict[bool, Any] = {}
     for processes in (False, True):
-        with prepared_batches(items, SIZE, 4, refuses=hears, processes=processes) as batches:
+        with prepared_batches(cut(items, 4), SIZE, refuses=hears, processes=processes) as batches:
             found[processes] = list(batches)
     for mine, theirs in zip(found[False], found[True], strict=True):
         assert (mine.columns, mine.previews, mine.usable, mine.bytes_read) == (
@@ -102,7 +110,7 @@ def test_reading_runs_ahead_but_only_a_few_batches() -> None:
             read.append(number)
             yield item(number)
 
-    with prepared_batches(source(), SIZE, 2, refuses=hears, processes=False) as batches:
+    with prepared_batches(cut(source(), 2), SIZE, refuses=hears, processes=False) as batches:
         next(batches)
         time.sleep(0.5)  # whatever would run away has run away by now
         assert len(read) <= 2 * (prepare.PREPARERS + 6)
@@ -120,7 +128,7 @@ def test_the_next_batch_is_prepared_while_the_last_one_is_used() -> None:
                 prepared.set()
             yield item(number)
 
-    with prepared_batches(source(), SIZE, 2, refuses=hears, processes=False) as batches:
+    with prepared_batches(cut(source(), 2), SIZE, refuses=hears, processes=False) as batches:
         next(batches)
         assert prepared.wait(10)  # nobody asked for a second batch
 
@@ -137,7 +145,9 @@ def test_an_unforeseen_error_names_the_item(monkeypatch: pytest.MonkeyPatch, at:
     monkeypatch.setattr(prepare, "thumbnail", broken)
     with (
         pytest.raises(SourceError, match=f"'i{at}' .#{at}. cannot be prepared: .*out of ink"),
-        prepared_batches(map(item, range(30)), SIZE, 4, refuses=hears, processes=False) as batches,
+        prepared_batches(
+            cut(map(item, range(30)), 4), SIZE, refuses=hears, processes=False
+        ) as batches,
     ):
         list(batches)
 
@@ -150,7 +160,7 @@ def test_an_error_of_the_source_reaches_the_reader() -> None:
     taken = []
     with (
         pytest.raises(SourceError, match="ends here"),
-        prepared_batches(source(), SIZE, 4, refuses=hears, processes=False) as batches,
+        prepared_batches(cut(source(), 4), SIZE, refuses=hears, processes=False) as batches,
     ):
         taken += batches
     assert len(taken) <= 2
@@ -161,7 +171,7 @@ def test_no_thread_outlives_the_context() -> None:
 
     def interrupted() -> None:
         with prepared_batches(
-            map(item, range(1000)), SIZE, 2, refuses=hears, processes=False
+            cut(map(item, range(1000)), 2), SIZE, refuses=hears, processes=False
         ) as batches:
             next(batches)
             assert not set(threading.enumerate()) <= before

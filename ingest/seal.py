@@ -1,0 +1,149 @@
+"""The end of an ingest: ids made unique, replaced rows deleted, curvature, one commit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headwater.index import (
+    IndexWriter,
+    Outlier,
+    Shard,
+    StoredIndex,
+    norm_outliers,
+    part_files,
+    save_table,
+)
+from headwater.index.files import write_atomically
+
+from .errors import SourceError
+from .held import Held
+from .journal import Journal, RangeRecord
+from .plan import discard_job
+from .spectrum import curvature_arrays
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What a job changed."""
+
+    written: int  # items with a new row, quarantined ones included
+    reasons: Counter[str]  # of quarantine
+    replaced: tuple[str, ...]  # ids whose older row is deleted
+    unchanged: int  # records that were left as they are
+    outliers: tuple[Outlier, ...]  # of the index, by gradient norm
+
+
+def seal(
+    writer: IndexWriter, before: StoredIndex | None, journal: Journal, details: Mapping[str, Any]
+) -> Sealed:
+    """Let a job whose ranges are all merged count, and remove its folder.
+
+    Args:
+        writer: holds the lock.
+        before: the index as it was; None for a new one.
+        details: how the ingest was run, for the ledger.
+
+    Raises:
+        SourceError: no image of the source is usable; the job is then discarded.
+    """
+    job, folder = journal.job, writer.folder
+    records = [journal.record(number) for number in range(job.ranges)]
+    reasons = Counter[str]()
+    for record in records:
+        reasons.update(record.reasons)
+    written = sum(len(record.ids) for record in records)
+    unchanged = sum(len(record.unchanged) for record in records)
+    if written == reasons.total() and not unchanged:
+        discard_job(folder)
+        writer.tidy()
+        reason, count = reasons.most_common(1)[0]
+        raise SourceError(
+            f"no usable image in {job.label}: {written} items, "
+            f"of which {count} with: {reason}; check the image column and the files"
+        )
+    ids, replaced = _final_ids(records, Held(before))
+    shards = [
+        _renamed(folder, record.shard, record.ids, final)
+        for record, final in zip(records, ids, strict=True)
+        if record.shard is not None
+    ]
+    told = dict(details) | {
+        "source": job.label, "written": written, "unchanged": unchanged, "replaced": [*replaced],
+    }  # fmt: skip
+    if shards:
+        writer.add_parts(shards, job.first_part + job.ranges)
+        if before is not None and replaced:
+            gone = np.array(sorted(replaced.values()), np.int64)
+            writer.write_tombstones(np.union1d(before.deleted_positions, gone))
+        writer.write_curvature(curvature_arrays(StoredIndex(folder, writer.manifest), before))
+        writer.finish(told)
+    else:
+        writer.note("ingest", told)
+        discard_job(folder)
+    outliers = _outliers(StoredIndex(folder, writer.manifest))
+    return Sealed(written, reasons, tuple(replaced), unchanged, outliers)
+
+
+def _final_ids(records: list[RangeRecord], held: Held) -> tuple[list[list[str]], dict[str, int]]:
+    """The ids of every part, each once in the index, and {id: position} of the rows they replace.
+
+    The first item with an id has it; a further one, equal in content, gets "~2", "~3" in order of
+    position, but no id that a record gave. An id of the index is taken over from its row, unless a
+    record said that this row stays.
+    """
+    staying = {position for record in records for position in record.unchanged}
+    given = {item_id for record in records for item_id in record.ids}
+    used: set[str] = set()
+    following: dict[str, int] = {}
+    replaced: dict[str, int] = {}
+    found = []
+    for record in records:
+        final = []
+        for wanted in record.ids:
+            candidate, number = wanted, following.get(wanted, 1)
+            while (
+                candidate in used
+                or held.position(candidate) in staying
+                or (candidate != wanted and candidate in given)
+            ):
+                number += 1
+                candidate = f"{wanted}~{number}"
+            following[wanted] = number
+            used.add(candidate)
+            if (position := held.position(candidate)) is not None:
+                replaced[candidate] = position
+            final.append(candidate)
+        found.append(final)
+    return found, replaced
+
+
+def _renamed(folder: Path, shard: Shard, ids: list[str], final: list[str]) -> Shard:
+    """The part with its final ids; done again after a crash, it gives the same files."""
+    if ids == final:
+        return shard
+    _, items_path, thumbs_path = part_files(shard.name)
+    items = pq.read_table(folder / items_path)
+    thumbs = pq.read_table(folder / thumbs_path)
+    shown = iter(zip(ids, final, strict=True))
+    names = []
+    for known in thumbs["item_id"].to_pylist():  # the items with a preview, in their order
+        names.append(next(new for old, new in shown if known in (old, new)))
+    files = dict(shard.files)
+    for path, table, column in ((items_path, items, final), (thumbs_path, thumbs, names)):
+        place = table.column_names.index("item_id")
+        table = table.set_column(place, "item_id", pa.array(column, pa.string()))
+        files[path] = write_atomically(folder / path, partial(save_table, table))
+    return replace(shard, files=files)
+
+
+def _outliers(index: StoredIndex) -> tuple[Outlier, ...]:
+    return tuple(norm_outliers(index.items().take(pa.array(index.live_positions))))
