@@ -18,8 +18,9 @@ from .errors import ClusterError
 def connected(address: str | None = None) -> Iterator[Any]:
     """Connect to a cluster and give the module `ray`; leave the cluster as it was found.
 
-    address  of a running cluster (`ray://host:10001`, `host:6379`, `auto`); None: the environment
-             variable RAY_ADDRESS, else a cluster of this machine that ends with the context
+    address  of a running cluster (`host:6379`, or `auto` on one of its machines); None: the
+             environment variable RAY_ADDRESS, else a cluster of this machine that ends with the
+             context
 
     A connection that the caller has already made is used as it is. Raises ClusterError when Ray is
     not installed or nothing answers at `address`.
@@ -30,10 +31,15 @@ def connected(address: str | None = None) -> Iterator[Any]:
         raise ClusterError(
             "a cluster needs Ray, which is not installed: pip install 'headwater[ray]'"
         ) from error
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"{address} is reached through Ray's client, but the index must be seen from here too: "
+            "run this on a machine of the cluster, with --ray-address auto"
+        )
     if ray.is_initialized():
         yield ray
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     # Of a cluster that we start Ray reports nothing to its makers, unless its user wants it to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ours: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}

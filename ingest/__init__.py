@@ -9,6 +9,13 @@ prepare    items decoded and fitted, a few batches ahead of the device
 devices    where rows are computed: here, or in a process for each device
 processes  processes that work through tasks, answers in order
 tables     item columns and previews of a shard; quarantine
+plan       what an ingest was asked, in ranges
+journal    its work kept batch by batch
+held       what an index holds already of a source
+ranges     ranges computed and kept: all here, or some by each worker of a cluster
+ray_engine workers on the machines of a Ray cluster
+seal       the end of an ingest: ids, tombstones, curvature, one commit
+spectrum   the curvature of an index after an ingest
 job        the ingest itself: source + model -> index
 estimate   what an ingest would take, from a few batches
 progress   how far an ingest has come
@@ -24,6 +31,7 @@ from .estimate import Estimate, estimate
 from .images import fingerprints, thumbnail
 from .job import IngestSummary, build_index
 from .progress import Progress, ProgressCallback
+from .ray_engine import RayCluster
 from .signature import Signature, difference
 from .sources import Source, SourceItem, open_source, unique_ids
 
@@ -34,6 +42,7 @@ __all__ = [
     "IngestSummary",
     "Progress",
     "ProgressCallback",
+    "RayCluster",
     "Signature",
     "Source",
     "SourceError",
