@@ -161,7 +161,7 @@ def ingest(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    cluster = None
+    cluster, names = None, None if engine == "ray" else devices_named(devices)
     if engine == "ray":
         if dry_run:
             raise typer.BadParameter("measures here; leave out --engine", param_hint="--dry-run")
@@ -170,8 +170,6 @@ def ingest(
         on_gpus = devices == "all" or ray.cluster_resources().get("GPU", 0) > 0
         chosen = kind_of(devices) if devices not in ("auto", "all") else None
         names = [chosen or ("cuda" if on_gpus else "cpu")]
-    else:
-        names = devices_named(devices)
     if names is None:
         loaded = Model.from_pretrained(model, lora=lora, device=devices, dtype=dtype)
     else:
