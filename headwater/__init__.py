@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .index import ClusterError, IndexStoreError, SearchCluster
     from .ingest import (
         ColumnNames,
+        Compaction,
+        Deletion,
         DeviceError,
         Estimate,
         IngestSummary,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
         RayCluster,
         SourceError,
         build_index,
+        compact,
+        delete,
         estimate,
     )
     from .queries import Asking, Concept, Hit, Index, QueryError, Result, Section, write_report
@@ -39,6 +43,8 @@ _HOME = {
     "IndexStoreError": "index",
     "SearchCluster": "index",
     "ColumnNames": "ingest",
+    "Compaction": "ingest",
+    "Deletion": "ingest",
     "DeviceError": "ingest",
     "Estimate": "ingest",
     "IngestSummary": "ingest",
@@ -46,6 +52,8 @@ _HOME = {
     "RayCluster": "ingest",
     "SourceError": "ingest",
     "build_index": "ingest",
+    "compact": "ingest",
+    "delete": "ingest",
     "estimate": "ingest",
     "Asking": "queries",
     "Concept": "queries",
@@ -61,7 +69,9 @@ __all__ = [
     "Asking",
     "ClusterError",
     "ColumnNames",
+    "Compaction",
     "Concept",
+    "Deletion",
     "DeviceError",
     "Estimate",
     "Hit",
@@ -80,6 +90,8 @@ __all__ = [
     "Section",
     "SourceError",
     "build_index",
+    "compact",
+    "delete",
     "estimate",
     "write_report",
 ]

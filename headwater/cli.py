@@ -1,4 +1,4 @@
-"""The command `headwater`: ingest, query, inspect, demo, bench."""
+"""The command `headwater`: ingest, query, inspect, delete, compact, demo, bench."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .bar import amount, duration, ingest_bar
+from .commands_change import compact, delete
+from .interrupts import unfinished_told
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +91,7 @@ def ingest(
     model: ModelPath,
     index: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the new index.", show_default=False),
+        typer.Option("--out", help="Folder of the index, new or to add to.", show_default=False),
     ] = None,
     method: Annotated[str, typer.Option(help="dsm, dtrak, das, dps or cfg.")] = "dtrak",
     parameters: Annotated[str, typer.Option(help="Parameters, by regular expression.")] = "auto",
@@ -131,6 +133,10 @@ def ingest(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few batches, print time and space, end.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an unfinished ingest and begin anew.")
+    ] = False,
+    id_prefix: Annotated[str, typer.Option(help="Put before every item's id.")] = "",
     limit: Annotated[int | None, typer.Option(help="At most so many items.")] = None,
     where: Annotated[str | None, typer.Option(help="DuckDB condition over the columns.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of image bytes or path.")] = None,
@@ -141,15 +147,17 @@ def ingest(
     source_column: Annotated[str | None, typer.Option(help="Column of origins.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compute one gradient row for every training image and store them as an index."""
+    """Compute one gradient row for every training image and store them as an index.
+
+    An index that is there is added to. An ingest that was cut short goes on where it was when the
+    same command is given again.
+    """
     from headwater import ColumnNames, Model, RayCluster, Recipe, build_index, estimate
     from headwater.index import connected
     from headwater.ingest import devices_named, kind_of
 
     if index is None and not dry_run:
-        raise typer.BadParameter(
-            "give the folder of the new index, or --dry-run", param_hint="--out"
-        )
+        raise typer.BadParameter("give the folder of the index, or --dry-run", param_hint="--out")
     given: dict[str, Any] = {"dim": dim, "timesteps": timesteps}
     recipe = Recipe(
         method=method,
@@ -200,9 +208,22 @@ def ingest(
             expected = estimate(source, loaded, **job)
         print_estimate(expected)
         return
-    with ingest_bar(err, quiet) as progress:
-        summary = build_index(source, loaded, index, progress=progress, cluster=cluster, **job)
+    with unfinished_told(err, index), ingest_bar(err, quiet) as progress:
+        summary = build_index(
+            source,
+            loaded,
+            index,
+            cluster=cluster,
+            id_prefix=id_prefix,
+            restart=restart,
+            progress=progress,
+            **job,
+        )
     print_summary(summary)
+
+
+app.command()(delete)
+app.command()(compact)
 
 
 @app.command()
@@ -288,6 +309,8 @@ def inspect(index: Folder) -> None:
     for reason, count in summary.reasons.items():
         table.add_row("", escape(f"{count:,} x {reason}"))
     outliers = norm_outliers(items)
+    if manifest.deleted:
+        table.add_row("deleted", f"{manifest.deleted:,}, on the disk until `compact`")
     table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
     for line in outlier_lines(outliers):
         table.add_row("", escape(line))
@@ -362,6 +385,8 @@ def print_summary(summary: Any) -> None:
     """How many items went where, and which stand out."""
     lost = sum(summary.quarantined.values())
     out.print(escape(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
+    if summary.unchanged or summary.replaced:
+        out.print(f"{summary.unchanged:,} items unchanged, {len(summary.replaced):,} replaced")
     print_reasons(summary.quarantined)
     if summary.outliers:
         count = len(summary.outliers)

@@ -9,14 +9,15 @@ prepare    items decoded and fitted, a few batches ahead of the device
 devices    where rows are computed: here, or in a process for each device
 processes  processes that work through tasks, answers in order
 tables     item columns and previews of a shard; quarantine
-plan       what an ingest was asked, in ranges
-journal    its work kept batch by batch
-held       what an index holds already of a source
+plan       what an ingest was asked, its ranges, what is still to do
+journal    the work of an ingest, kept batch by batch
+held       what an index already holds of a source
 ranges     ranges computed and kept: all here, or some by each worker of a cluster
 ray_engine workers on the machines of a Ray cluster
-seal       the end of an ingest: ids, tombstones, curvature, one commit
-spectrum   the curvature of an index after an ingest
+seal       the end of an ingest: unique ids, replaced rows, one commit
+spectrum   the curvature of an index after a change of its rows
 job        the ingest itself: source + model -> index
+maintenance  items deleted, and deleted rows taken from the disk
 estimate   what an ingest would take, from a few batches
 progress   how far an ingest has come
 errors     `SourceError` and `DeviceError`, for what a user can mend
@@ -30,6 +31,8 @@ from .errors import DeviceError, SourceError
 from .estimate import Estimate, estimate
 from .images import fingerprints, thumbnail
 from .job import IngestSummary, build_index
+from .maintenance import Compaction, Deletion, compact, delete
+from .plan import read_job
 from .progress import Progress, ProgressCallback
 from .ray_engine import RayCluster
 from .signature import Signature, difference
@@ -37,6 +40,8 @@ from .sources import Source, SourceItem, open_source, unique_ids
 
 __all__ = [
     "ColumnNames",
+    "Compaction",
+    "Deletion",
     "DeviceError",
     "Estimate",
     "IngestSummary",
@@ -48,12 +53,15 @@ __all__ = [
     "SourceError",
     "SourceItem",
     "build_index",
+    "compact",
+    "delete",
     "devices_named",
     "difference",
     "estimate",
     "fingerprints",
     "kind_of",
     "open_source",
+    "read_job",
     "thumbnail",
     "unique_ids",
 ]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +24,6 @@ from headwater import (
     Concept,
     Index,
     Model,
-    Progress,
     QueryError,
     Recipe,
     Reward,
@@ -29,6 +31,7 @@ from headwater import (
 )
 from headwater.attribution import Engine, contrast_rows, ddim_grid, generation_path, seeded_noise
 from headwater.index import StoredIndex
+from headwater.ingest.journal import Journal
 
 SMALL = ("--timesteps", 2, "--dim", 256, "--quiet")
 
@@ -351,7 +354,7 @@ def test_bad_ingest_leaves_nothing_behind(
     assert not (tmp_path / "i").exists()
 
 
-def test_out_folder_that_is_no_index_or_already_one(
+def test_out_folder_that_is_no_index_or_one_of_another_space(
     headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path, index: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -360,9 +363,9 @@ def test_out_folder_that_is_no_index_or_already_one(
     for out, message in (
         (tmp_path / "mine", "is no index"),
         (tmp_path / "file", "not a folder"),
-        (index, "already holds an index"),
+        (index, "another feature space; different: recipe.seed (3 against 0)"),
     ):
-        words = ("ingest", corpus, "--model", model_folder, "--out", out, *SMALL)
+        words = ("ingest", corpus, "--model", model_folder, "--out", out, *SMALL, "--seed", 3)
         assert message in one_line(*headwater(*words))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     assert len(list((tmp_path / "mine").iterdir())) == 1
@@ -479,15 +482,66 @@ def test_user_columns_keep_their_names_types_and_values(
     assert headwater("inspect", tmp_path / "i[/b]")[0] == 0
 
 
-def test_interrupted_ingest_leaves_no_index(
-    tmp_path: Path, corpus: Path, model_folder: Path
+def test_interrupted_ingest_goes_on(
+    headwater: Command,
+    tmp_path: Path,
+    corpus: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def stop(progress: Progress) -> None:
-        if progress.done >= 4:
-            raise KeyboardInterrupt
+    words = ("ingest", corpus, "--model", model_folder, "--out", tmp_path / "i", *SMALL)
+    honest = Journal.commit
 
-    model = Model.from_pretrained(model_folder, device="cpu")
-    recipe = Recipe(timesteps=1, dim=64)
-    with pytest.raises(KeyboardInterrupt):
-        build_index(corpus, model, tmp_path / "i", recipe=recipe, batch_size=4, progress=stop)
-    assert not (tmp_path / "i").exists()
+    for end, code in ((KeyboardInterrupt(), 130), (signal.SIGTERM, 143), (OSError(28, "full"), 2)):
+
+        def cut_short(self: Journal, *batch: Any, end: Any = end) -> None:
+            honest(self, *batch)
+            if isinstance(end, signal.Signals):
+                os.kill(os.getpid(), end)
+            else:
+                raise end
+
+        monkeypatch.setattr(Journal, "commit", cut_short)
+        found, _, err = headwater(*words, "--batch-size", 3)
+        assert found == code
+        assert "unfinished: what was computed is kept" in err
+        assert "the same command goes on with it" in " ".join(err.split())
+        assert "Traceback" not in err
+    assert "is not finished; run it again" in one_line(*headwater("inspect", tmp_path / "i"))
+    monkeypatch.setattr(Journal, "commit", honest)
+    assert "--restart" in one_line(*headwater(*words, "--limit", 5))
+    code, out, err = headwater(*words)
+    assert (code, err) == (0, "")
+    assert "12 rows in" in out
+    details = json.loads((tmp_path / "i/ledger.jsonl").read_text())["details"]
+    assert (details["resumed"], details["batch_size"]) == (9, 3)
+    code, out, _ = headwater(*words)
+    assert (code, "12 items unchanged, 0 replaced" in out) == (0, True)
+
+
+def test_delete_and_compact(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path
+) -> None:
+    words = ("ingest", corpus, "--model", model_folder, "--out", tmp_path / "i", *SMALL)
+    assert headwater(*words)[0] == 0
+    (tmp_path / "ids.txt").write_text("img-003\n\nimg-004\r\n")
+    assert "one of them" in one_line(*headwater("delete", tmp_path / "i"))
+    assert "'x'" in one_line(*headwater("delete", tmp_path / "i", "--where", "grup = 'x'"))
+    code, out, err = headwater("delete", tmp_path / "i", "--ids", tmp_path / "ids.txt")
+    assert (code, err) == (0, "")
+    assert "2 items deleted" in out
+    assert "10 remain" in out
+    assert "2, on the disk until" in headwater("inspect", tmp_path / "i")[1]
+    assert (
+        "5 items deleted" in headwater("delete", tmp_path / "i", "--where", "\"group\" = 'odd'")[1]
+    )
+    code, out, err = headwater("compact", tmp_path / "i")
+    assert (code, err) == (0, "")
+    assert "7 deleted items taken from the disk (1 parts), 5 remain" in out
+    flags = ("--prompt", "a red cat", "--top", 6)
+    assert "5 items can be ranked" in one_line(
+        *ask(headwater, tmp_path / "i", model_folder, *flags)
+    )
+    (tmp_path / "ids.txt").write_text("img-003\nimg-000")
+    message = one_line(*headwater("delete", tmp_path / "i", "--ids", tmp_path / "ids.txt"))
+    assert "does not hold 1 of the 2 ids: 'img-003'; nothing was deleted" in message

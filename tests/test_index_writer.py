@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +44,20 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """End at the step-th boundary: a file whole under its temporary name, and under its own."""
     honest, taken = os.replace, 0
 
-    def replace(source: Any, target: Any) -> None:
+    def boundary() -> None:
         nonlocal taken
         taken += 1
         if taken == step:
-            shutil.copy(source, f"{source}.kept")  # a killed process does not clean up
+            for name in ("unlink", "rmdir"):  # a killed process does not clean up
+                monkeypatch.setattr(Path, name, lambda *_, **__: None)
             raise Crash
+
+    def replace(source: Any, target: Any) -> None:
+        boundary()
         honest(source, target)
-        taken += 1
-        if taken == step:
-            raise Crash
+        boundary()
 
-    def write_atomically(path: Path, write: Callable[..., Any]) -> str:
-        try:
-            return honest_write(path, write)
-        finally:
-            kept = path.with_name(path.name + ".writing.kept")
-            if kept.exists():
-                kept.rename(path.with_name(path.name + ".writing"))
-
-    honest_write = files.write_atomically
     monkeypatch.setattr(files.os, "replace", replace)
-    for module in ("writer", "parts", "manifest"):
-        monkeypatch.setattr(f"headwater.index.{module}.write_atomically", write_atomically)
 
 
 def without_ledger(folder: Path) -> dict[str, bytes]:

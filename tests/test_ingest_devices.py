@@ -99,15 +99,17 @@ def test_a_killed_worker_ends_the_job_by_name(tmp_path: Path, model: Model, corp
         for child in multiprocessing.active_children():
             child.kill()
 
+    given: Any = {"recipe": SMALL, "batch_size": 1, "devices": ["cpu"]}
     with pytest.raises(DeviceError, match=r"cpu \(worker 1\): its process was ended by SIGKILL"):
-        build_index(
-            corpus, model, tmp_path / "i", recipe=SMALL, batch_size=1, devices=["cpu"],
-            progress=kill,
-        )  # fmt: skip
-    assert not (tmp_path / "i").exists()
+        build_index(corpus, model, tmp_path / "i", **given, progress=kill)
+    build_index(corpus, model, tmp_path / "i", **given)  # what was done before is kept
+    details = json.loads((tmp_path / "i" / "ledger.jsonl").read_text())["details"]
+    assert 1 <= details["resumed"] < 12
+    build_index(corpus, model, tmp_path / "whole", **given)
+    assert content(tmp_path / "i") == content(tmp_path / "whole")
 
 
-def test_an_interrupted_job_leaves_neither_process_nor_index(
+def test_an_interrupted_job_leaves_no_process_and_goes_on(
     tmp_path: Path, model: Model, corpus: Path
 ) -> None:
     def stop(progress: Progress) -> None:
@@ -116,7 +118,10 @@ def test_an_interrupted_job_leaves_neither_process_nor_index(
 
     with pytest.raises(KeyboardInterrupt):
         build_index(corpus, model, tmp_path / "i", recipe=SMALL, devices=["cpu"], progress=stop)
-    assert not (tmp_path / "i").exists()
+    assert multiprocessing.active_children() == []
+    build_index(corpus, model, tmp_path / "i", recipe=SMALL, devices=["cpu"])
+    details = json.loads((tmp_path / "i" / "ledger.jsonl").read_text())["details"]
+    assert (details["resumed"], details["batch_size"]) == (12, 16)
 
 
 def test_a_device_that_does_not_exist_is_named(tmp_path: Path, model: Model, corpus: Path) -> None:
@@ -193,15 +198,25 @@ def test_rows_of_a_batch_are_those_of_the_engine(model: Model) -> None:
     engine = Engine(model, SMALL)
     pixels = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
     captions, keys = ["a red cat", "a dog", ""], ["a", "b", "c"]
-    empty = Pictures(pixels[:0], [], [], 4)
+    empty = Pictures(pixels[:0], [], [], [], 4)
     first, none, again = compute_rows(
-        engine, [Pictures(pixels, captions, keys, 4), empty, Pictures(pixels, captions, keys, 4)]
+        engine,
+        [
+            Pictures(pixels, captions, keys, [0, 1, 3], 4),
+            empty,
+            Pictures(pixels, captions, keys, [0, 1, 3], 4),
+        ],
     )
-    rows = engine.rows(engine.encode(torch.from_numpy(pixels)), captions, keys)
+    filled = [0, 1, 0, 2]  # a place without a picture has the pass's first
+    rows = engine.rows(
+        model.encode_pictures(pixels[filled]),
+        [captions[i] for i in filled],
+        [keys[i] for i in filled],
+    )
     for found in (first, again):
-        assert np.array_equal(found.features, rows.features.numpy())
-        assert np.array_equal(found.norms, rows.norms.numpy())
-        assert np.array_equal(found.weights, rows.weights.numpy())
+        assert np.array_equal(found.features, rows.features.numpy()[[0, 1, 3]])
+        assert np.array_equal(found.norms, rows.norms.numpy()[[0, 1, 3]])
+        assert np.array_equal(found.weights, rows.weights.numpy()[[0, 1, 3]])
         assert found.peak_memory > 2**24  # torch alone takes more
     assert none.features.shape == (0, 128)
 
