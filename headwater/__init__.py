@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attribution import Model, ModelError, Recipe, Reward
-    from .index import IndexStoreError, Verification, sql, verify
+    from .index import ClusterError, IndexStoreError, SearchCluster, Verification, sql, verify
     from .ingest import (
         ColumnNames,
         Compaction,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Estimate,
         IngestSummary,
         Progress,
+        RayCluster,
         SourceError,
         build_index,
         compact,
@@ -38,10 +39,12 @@ _HOME = {
     "ModelError": "attribution",
     "Recipe": "attribution",
     "Reward": "attribution",
+    "ClusterError": "index",
     "IndexStoreError": "index",
     "Verification": "index",
     "sql": "index",
     "verify": "index",
+    "SearchCluster": "index",
     "ColumnNames": "ingest",
     "Compaction": "ingest",
     "Deletion": "ingest",
@@ -49,6 +52,7 @@ _HOME = {
     "Estimate": "ingest",
     "IngestSummary": "ingest",
     "Progress": "ingest",
+    "RayCluster": "ingest",
     "SourceError": "ingest",
     "build_index": "ingest",
     "compact": "ingest",
@@ -66,6 +70,7 @@ _HOME = {
 
 __all__ = [
     "Asking",
+    "ClusterError",
     "ColumnNames",
     "Compaction",
     "Concept",
@@ -80,9 +85,11 @@ __all__ = [
     "ModelError",
     "Progress",
     "QueryError",
+    "RayCluster",
     "Recipe",
     "Result",
     "Reward",
+    "SearchCluster",
     "Section",
     "SourceError",
     "Verification",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -43,16 +43,41 @@ Lora = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+EngineName = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="This process, or a Ray cluster.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Of the cluster; unset: RAY_ADDRESS, or a cluster of this machine."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of the cluster; unset: one for each GPU, or by its processors."),
+]
 Where = Annotated[str | None, typer.Option(help="DuckDB condition over the item columns.")]
 
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one line and exit code 2."""
-    from headwater import DeviceError, IndexStoreError, ModelError, QueryError, SourceError
+    from headwater import (
+        ClusterError,
+        DeviceError,
+        IndexStoreError,
+        ModelError,
+        QueryError,
+        SourceError,
+    )
 
     try:
         app()
-    except (DeviceError, IndexStoreError, ModelError, QueryError, SourceError) as error:
+    except (
+        ClusterError,
+        DeviceError,
+        IndexStoreError,
+        ModelError,
+        QueryError,
+        SourceError,
+    ) as error:
         err.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}")
         sys.exit(2)
     except OSError as error:
@@ -63,6 +88,7 @@ def main() -> None:
 
 @app.command()
 def ingest(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Parquet, tar shards, or folder; path or URL.")],
     model: ModelPath,
     index: Annotated[
@@ -89,6 +115,9 @@ def ingest(
         str,
         typer.Option("--devices", "--device", help="auto, all, cpu, cuda:1, cuda:0,cuda:1, ..."),
     ] = "auto",
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    workers: Workers = None,
     deterministic: Annotated[
         bool, typer.Option(help="The same rows to the bit at every run, at some cost in speed.")
     ] = True,
@@ -125,7 +154,8 @@ def ingest(
     An index that is there is added to. An ingest that was cut short goes on where it was when the
     same command is given again.
     """
-    from headwater import ColumnNames, Model, Recipe, build_index, estimate
+    from headwater import ColumnNames, Model, RayCluster, Recipe, build_index, estimate
+    from headwater.index import connected
     from headwater.ingest import devices_named, kind_of
 
     if index is None and not dry_run:
@@ -141,7 +171,15 @@ def ingest(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    names = devices_named(devices)
+    cluster, names = None, None if engine == "ray" else devices_named(devices)
+    if engine == "ray":
+        if dry_run:
+            raise typer.BadParameter("measures here; leave out --engine", param_hint="--dry-run")
+        ray = context.with_resource(connected(ray_address))
+        cluster = RayCluster(ray_address, workers)
+        on_gpus = devices == "all" or ray.cluster_resources().get("GPU", 0) > 0
+        chosen = kind_of(devices) if devices not in ("auto", "all") else None
+        names = [chosen or ("cuda" if on_gpus else "cpu")]
     if names is None:
         loaded = Model.from_pretrained(model, lora=lora, device=devices, dtype=dtype)
     else:
@@ -174,7 +212,14 @@ def ingest(
         return
     with unfinished_told(err, index), ingest_bar(err, quiet) as progress:
         summary = build_index(
-            source, loaded, index, id_prefix=id_prefix, restart=restart, progress=progress, **job
+            source,
+            loaded,
+            index,
+            cluster=cluster,
+            id_prefix=id_prefix,
+            restart=restart,
+            progress=progress,
+            **job,
         )
     print_summary(summary)
 
@@ -185,6 +230,7 @@ app.command()(compact)
 
 @app.command()
 def query(
+    context: typer.Context,
     index: Folder,
     model: ModelPath,
     prompt: Annotated[str, typer.Option(help="What has the concept.")] = "",
@@ -207,12 +253,24 @@ def query(
     guidance: Annotated[float | None, typer.Option(help="Of generated pictures.")] = None,
     lora: Lora = None,
     device: Device = "auto",
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    workers: Workers = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Rank the training images that taught what PROMPT has and CONTRAST has not."""
-    from headwater import Asking, Concept, Index, Model, QueryError, Section, write_report
+    from headwater import (
+        Asking,
+        Concept,
+        Index,
+        Model,
+        QueryError,
+        SearchCluster,
+        Section,
+        write_report,
+    )
 
     given: dict[str, Any] = {"seeds": seeds, "damping": damping, "guidance": guidance}
     asking = Asking(
@@ -226,6 +284,10 @@ def query(
         if target.is_dir() or not target.absolute().parent.is_dir():
             raise QueryError(f"{target} cannot be written: give a file in a folder that exists")
     opened = Index(index)
+    cluster = None
+    if engine == "ray":
+        actors = SearchCluster(index, actors=workers, address=ray_address)
+        cluster = context.with_resource(actors)
     loaded = Model.from_pretrained(model, lora=lora, device=device, dtype=opened.recipe.dtype)
     with spinner("asking", quiet):
         result = opened.query(
@@ -236,6 +298,7 @@ def query(
             top=top,
             bottom=bottom,
             exact=exact,
+            cluster=cluster,
         )
     print_result(result)
     if json_file is not None:

@@ -17,18 +17,23 @@ products   inner products with stored rows, by FAISS: the one kernel of scores
 accelerator  candidates of a large index from one bit per direction (RaBitQ)
 gpu        candidates of rows that lie in a GPU's memory
 derived    files that can be made again, beside their checksums
+excerpt    some shards of an index, read as an index of their own
+actors     search over Ray actors that each hold some shards
+cluster    a connection to a Ray cluster
 ledger     who did what and when, each line hashing the one before
 rows       a feature row as stored: a unit vector in half precision and its length
 lock       one writer at a time
 files      durable writing: temporary name, fsync, rename
-errors     `IndexStoreError`, for what a user can mend
+errors     `IndexStoreError` and `ClusterError`, for what a user can mend
 """
 
 from __future__ import annotations
 
+from .actors import SearchCluster
 from .catalog import Catalog, Summary, filter_positions
+from .cluster import connected
 from .duplicates import DuplicateCounts, duplicate_counts, duplicate_groups
-from .errors import IndexStoreError
+from .errors import ClusterError, IndexStoreError
 from .export import plain_json, write_csv, write_json_rows, write_parquet
 from .manifest import (
     JOB_FILE,
@@ -51,6 +56,7 @@ from .writer import IndexWriter
 __all__ = [
     "JOB_FILE",
     "Catalog",
+    "ClusterError",
     "Damage",
     "DuplicateCounts",
     "EncodedRows",
@@ -59,10 +65,12 @@ __all__ = [
     "Manifest",
     "Metric",
     "Outlier",
+    "SearchCluster",
     "Shard",
     "StoredIndex",
     "Summary",
     "Verification",
+    "connected",
     "duplicate_counts",
     "duplicate_groups",
     "encode_items",

@@ -160,7 +160,7 @@ class Accelerator:
         None, with a warning, when nothing can be kept (a read-only folder) or another process is
         building.
         """
-        folder = index.folder / derived.FOLDER / _kind(metric)
+        folder = index.folder / derived.FOLDER / index.caches / _kind(metric)
         try:
             whitening = _kept_whitening(folder)
             if whitening is not None:

@@ -39,6 +39,11 @@ class StoredIndex:
         self.manifest = manifest
         self._mapped: dict[str, npt.NDArray[np.float16]] = {}
 
+    @property
+    def caches(self) -> str:
+        """Under which name, in `faiss/`, the accelerators of these shards lie."""
+        return "all"
+
     @classmethod
     def open(cls, folder: str | Path) -> StoredIndex:
         """Open the index in `folder`; IndexStoreError when there is none or it is unfinished."""

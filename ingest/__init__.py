@@ -16,6 +16,8 @@ tables     item columns and previews of a shard; quarantine
 plan       what an ingest was asked, its ranges, what is still to do
 journal    the work of an ingest, kept batch by batch
 held       what an index already holds of a source
+ranges     ranges computed and kept: all here, or some by each worker of a cluster
+ray_engine workers on the machines of a Ray cluster
 seal       the end of an ingest: unique ids, replaced rows, one commit
 spectrum   the curvature of an index after a change of its rows
 job        the ingest itself: source + model -> index
@@ -36,6 +38,7 @@ from .job import IngestSummary, build_index
 from .maintenance import Compaction, Deletion, compact, delete
 from .plan import read_job
 from .progress import Progress, ProgressCallback
+from .ray_engine import RayCluster
 from .signature import Signature, difference
 from .sources import Source, SourceItem, open_source, unique_ids
 
@@ -48,6 +51,7 @@ __all__ = [
     "IngestSummary",
     "Progress",
     "ProgressCallback",
+    "RayCluster",
     "Signature",
     "Source",
     "SourceError",

@@ -98,7 +98,7 @@ def open_devices(
         raise DeviceError(f"--devices {','.join(names)}: give one or several devices of one kind")
     with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
         saved = Path(folder) / "model.pt"
-        _save(engine.model, saved)
+        save_model(engine.model, saved)
         threads = torch.get_num_threads()
         arguments = {
             f"{name} (worker {number})": (
@@ -229,7 +229,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
 
 
-def _save(model: Model, path: Path) -> None:
+def save_model(model: Model, path: Path) -> None:
     """Put a model where its copies are made from.
 
     A file rather than the pipes or shared memory: it is written once for every device, works for

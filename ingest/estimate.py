@@ -19,9 +19,10 @@ from headwater.index import stored_size
 from .columns import ColumnNames
 from .devices import open_devices
 from .errors import SourceError
-from .job import computed, opened
+from .job import opened
 from .plan import SHARD_ITEMS, chunks, everything
 from .prepare import prepared_batches
+from .ranges import computed
 from .tables import items_table, joined, previews_table
 
 

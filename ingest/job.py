@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from headwater.attribution import (
     Engine,
@@ -23,16 +25,16 @@ from headwater.attribution import (
 from headwater.index import IndexStoreError, IndexWriter, Outlier, StoredIndex
 
 from .columns import ColumnNames
-from .devices import BatchRows, Devices, Pictures, kind_of, open_devices
+from .devices import kind_of, open_devices
 from .errors import SourceError
 from .held import Held, check_columns
 from .journal import Journal
-from .plan import SHARD_ITEMS, Job, check_same, chunks, discard_job, read_job
-from .prepare import PreparedBatch, prepared_batches
+from .plan import SHARD_ITEMS, Job, check_same, discard_job, read_job
 from .progress import Progress, ProgressCallback
+from .ranges import Worker, Workers
+from .ray_engine import RayCluster, RayWorkers, Task
 from .seal import seal
 from .sources import Source, open_source
-from .tables import joined
 
 # Compiling takes some two minutes and saves a fifth of the time after them: it pays from so many
 # images x parameters of the denoiser on, which are 9,300 images of SD-1.4 (measured on an H200).
@@ -64,6 +66,7 @@ def build_index(
     limit: int | None = None,
     batch_size: int | None = None,
     devices: Sequence[str] | None = None,
+    cluster: RayCluster | None = None,
     deterministic: bool = True,
     compile: bool | None = None,
     low_memory: bool = False,
@@ -91,6 +94,9 @@ def build_index(
         devices: torch devices, `["cuda:0", "cuda:1"]` for instance: a process for each, with its
             own copy of the model, and the same rows as from one. A script that gives them needs
             `if __name__ == "__main__":`. None: this process, where the model is.
+        cluster: workers on a Ray cluster compute instead, on `devices[0]`'s kind of device or else
+            the model's, and give the same rows. Every machine must see source and `out` under the
+            same path.
         deterministic: the same rows to the bit at every run with the same batch size.
         compile: run the denoiser as one fused graph; None: on a GPU, if there are images enough
             for it to pay (COMPILE_FROM).
@@ -103,8 +109,12 @@ def build_index(
         SourceError: nothing to read, or nothing usable in it; the ingest is then discarded. Or the
             ingest that was cut short is another one.
         ModelError, IndexStoreError: the recipe or the output folder cannot be used.
-        DeviceError: a device cannot go on.
+        DeviceError: a device cannot go on, or workers of the cluster were lost again and again.
+        ClusterError: no Ray, no cluster, or no room in it.
     """
+    if cluster is not None:
+        source = _absolute(source)
+        devices = [kind_of(devices[0]) if devices else model.device.type]
     items, engine, execution = opened(
         source, model, recipe, columns, where, limit, batch_size, devices,
         deterministic=deterministic, compile=compile, low_memory=low_memory,
@@ -138,20 +148,21 @@ def build_index(
         )
         if begun is not None:
             check_same(out, begun, asked)
-        with open_devices(
-            engine, execution, devices, choose=begun is None and batch_size is None
-        ) as ready:
-            width = asked.width or batch_size or ready.batch_size()
+        with _opened_workers(
+            *(items, engine, execution, devices, cluster, before, out, Path(source)),
+            choose=begun is None and batch_size is None,
+        ) as workers:
+            width = asked.width or batch_size or workers.batch_size()
             batch_size = batch_size or width
             journal = Journal(out, replace(asked, width=width), items.extra_schema)
-            resumed = _run(items, ready, journal, Held(before), batch_size, progress)
+            resumed = _run(workers, journal, len(items), batch_size, progress)
         sealed = seal(
             writer,
             before,
             journal,
             {
                 "batch_size": width,
-                "devices": list(devices or [str(model.device)]),
+                "devices": list(workers.devices),
                 "execution": asdict(execution),
                 "resumed": resumed,
             },
@@ -218,79 +229,84 @@ def opened(
     return items, engine, execution
 
 
-def computed(
-    batches: Iterator[PreparedBatch], devices: Devices, width: int
-) -> Iterator[tuple[PreparedBatch, BatchRows]]:
-    """Every batch with its rows, in order; the devices take the next ones meanwhile."""
-    conditional = devices.engine.model.conditional
-    under_way: deque[PreparedBatch] = deque()
+def _absolute(source: str | Path) -> str | Path:
+    """A path that means the same on another machine; a URL does."""
+    return source if "://" in str(source) else Path(source).absolute()
 
-    def pictures() -> Iterator[Pictures]:
-        for batch in batches:
-            under_way.append(batch)
-            chosen = [batch.columns[position] for position in batch.usable]
-            captions = [columns["caption"] if conditional else "" for columns in chosen]
-            keys = [batch.keys[position] for position in batch.usable]
-            places = [batch.span.taken + position for position in batch.usable]
-            yield Pictures(batch.pixels, captions, keys, places, width)
 
-    for found in devices.rows(pictures()):
-        yield under_way.popleft(), found
+@contextmanager
+def _opened_workers(
+    items: Source,
+    engine: Engine,
+    execution: Execution,
+    devices: Sequence[str] | None,
+    cluster: RayCluster | None,
+    before: StoredIndex | None,
+    folder: Path,
+    path: Path,
+    *,
+    choose: bool,
+) -> Iterator[Workers]:
+    """Who computes: this process with its devices, or the workers of a cluster."""
+    if cluster is None:
+        with open_devices(engine, execution, devices, choose=choose) as ready:
+            names = list(devices or [str(engine.model.device)])
+            yield Worker(items, ready, Held(before), names)
+        return
+    (kind,) = devices or ()
+    task = Task(
+        recipe=engine.recipe,
+        execution=execution,
+        kind=kind,
+        threads=torch.get_num_threads(),
+        source=items,
+        source_path=path if path.exists() else None,  # a URL lies nowhere
+        folder=folder.absolute(),
+        manifest=None if before is None else before.manifest,
+    )
+    with RayWorkers(cluster, engine.model, task) as workers:
+        yield workers
 
 
 def _run(
-    source: Source,
-    devices: Devices,
+    workers: Workers,
     journal: Journal,
-    held: Held,
+    total: int,
     batch_size: int,
     progress: ProgressCallback | None,
 ) -> int:
-    """Do what is left of every range; how many records were done before."""
+    """Do what is left of every range; how many of the `total` records were done before."""
     journal.tidy()
     resumed, quarantined = journal.progress()
-    done, bytes_read = resumed, 0
+    bytes_read = 0
     todo = journal.todo()
+    reached = {part.number: part.start for part in todo}
+    done = resumed
     for part in todo:
         if part.start == part.stop:
             journal.merge(part.number)
+    left = [part for part in todo if part.start < part.stop]
     with (
         # While a range becomes a part, the next one is computed.
         ThreadPoolExecutor(1) as merging,
-        prepared_batches(
-            chunks(source, todo, batch_size, held.unchanged, journal.job.id_prefix),
-            devices.engine.model.image_size,
-            refuses=devices.engine.model.refuses,
-            processes=devices.image_processes,
-        ) as batches,
+        closing(workers.run(journal, left, batch_size)) as batches,
     ):
         started = time.monotonic()
         merged: Future[None] | None = None
-        for batch, found in computed(batches, devices, journal.job.width):
-            reasons = _keep(batch, found, journal, held)
-            quarantined.update(reasons)
-            done += batch.span.stop - batch.span.start
+        for batch in batches:
+            number, stop = batch.span.number, batch.span.stop
+            quarantined.update(batch.reasons)
+            # A worker that was lost may have kept a batch of which it could not tell.
+            done += stop - reached[number]
+            reached[number] = stop
             bytes_read += batch.bytes_read
-            if batch.span.stop == journal.job.span(batch.span.number)[1]:
+            if stop == journal.job.span(number)[1]:
                 if merged is not None:
                     merged.result()
-                merged = merging.submit(journal.merge, batch.span.number)
+                merged = merging.submit(journal.merge, number)
             if progress is not None:
                 elapsed = time.monotonic() - started
-                total = quarantined.total()
-                progress(Progress(done, len(source), total, bytes_read, elapsed, resumed))
+                progress(Progress(done, total, quarantined.total(), bytes_read, elapsed, resumed))
         if merged is not None:
             merged.result()
     return resumed
-
-
-def _keep(batch: PreparedBatch, found: BatchRows, journal: Journal, held: Held) -> Iterator[str]:
-    """Journal a batch without what turned out as the index holds it; the reasons of quarantine."""
-    rows, columns = joined(batch, found)
-    positions = [held.still_quarantined(known) for known in columns]
-    new = [place for place, position in enumerate(positions) if position is None]
-    held_ones = (position for position in positions if position is not None)
-    span = replace(batch.span, unchanged=(*batch.span.unchanged, *held_ones))
-    columns = [columns[place] for place in new]
-    journal.commit(span, rows[new], columns, [batch.previews[place] for place in new])
-    return (known["error"] for known in columns if known["error"])

@@ -61,10 +61,16 @@ class Journal:
     def todo(self) -> list[Todo]:
         """What is left of each range, in order; ranges that are whole but for merging too."""
         return [
-            self._rest(number)
+            self.rest(number)
             for number in range(self.job.ranges)
             if not self._record_path(number).exists()
         ]
+
+    def begin(self) -> None:
+        """Note the job in the folder, where that is not done yet."""
+        if not self._begun:
+            write_job(self._folder, self.job)
+            self._begun = True
 
     def commit(
         self,
@@ -81,9 +87,7 @@ class Journal:
             columns: item columns, n.
             previews: n, None where there is none.
         """
-        if not self._begun:
-            write_job(self._folder, self.job)
-            self._begun = True
+        self.begin()
         name = self.job.part(span.number)
         table = items_table(columns, self._extra)
         if columns:
@@ -153,7 +157,8 @@ class Journal:
                 reasons.update(reason for reason in errors if reason)
         return done, reasons
 
-    def _rest(self, number: int) -> Todo:
+    def rest(self, number: int) -> Todo:
+        """What is left of a range."""
         start, stop = self.job.span(number)
         taken = 0
         if kept := self._kept(number):

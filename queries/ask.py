@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -22,12 +23,14 @@ from headwater.attribution import (
     feature_space,
     resolved,
 )
-from headwater.index import Catalog, StoredIndex, search
+from headwater.index import Catalog, Manifest, SearchCluster, StoredIndex, search
 
 from .concept import Asking, Concept, check
 from .errors import QueryError
 from .gradients import query_rows
 from .result import Hit, Result
+
+Thumbnails = Callable[[Sequence[str]], Mapping[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Index:
         bottom: bool = False,
         exact: bool = False,
         recipe: Recipe | None = None,
+        cluster: SearchCluster | None = None,
     ) -> Result:
         """Rank training images by how much they taught the model the concept.
 
@@ -82,20 +86,29 @@ class Index:
             bottom: rank from the other end: what taught against it, lowest score first.
             exact: look at every row of a large index too, not at proposed ones only.
             recipe: refuse to answer unless the index was made with this recipe.
+            cluster: actors that hold this index and rank its rows, with the same answer; None:
+                this process does.
 
         Raises:
             QueryError: the concept is empty, or the index was made with another model or recipe.
             IndexStoreError: no index, a bad `where`, or fewer items than `top`.
+            ClusterError: actors of the cluster were lost again and again.
         """
         asking = asking or Asking()
         check(concept, asking, conditional=model.conditional)
         self.check_model(model, recipe)
-        positions = self.catalog.select(where)
-        if not 1 <= top <= len(positions):
+        ranking = cluster or _Here(self)
+        if ranking.manifest != self.stored.manifest:
             raise QueryError(
-                f"top is {top}, but {len(positions)} items can be ranked"
+                f"the cluster holds another index than {self.folder}, or an earlier state of it; "
+                "start it again"
+            )
+        available = ranking.count(where)
+        if not 1 <= top <= available:
+            raise QueryError(
+                f"top is {top}, but {available} items can be ranked"
                 + (f" under {where!r}" if where else "")
-                + (f"; choose 1 to {len(positions)}" if len(positions) else "; widen --where")
+                + (f"; choose 1 to {available}" if available else "; widen --where")
             )
         engine = Engine(model, self.recipe)
         rows, pictures = query_rows(engine, concept, asking)
@@ -108,33 +121,31 @@ class Index:
             )
         vectors = torch.cat([rows.mean(0, keepdim=True), rows])
         # The mean of all seeds, then each seed alone, in one pass over the rows.
-        scores, found = search(
-            self.stored,
+        scores, found = ranking.search(
             vectors.double().cpu().numpy(),
             top,
+            where=where,
             metric=asking.metric,
-            positions=None if where is None else positions,
             largest=not bottom,
             exact=exact,
         )
+        items, thumbnails = ranking.items(found[0])
         agreement = float(np.isin(found[1:], found[0]).mean()) if len(rows) > 1 else None
         question = _question(concept, asking, where, top) | {"bottom": bottom, "exact": exact}
         hits = tuple(
             Hit(rank, item["item_id"], float(score), item)
-            for rank, (item, score) in enumerate(
-                zip(self.catalog.rows(found[0]), scores[0], strict=True), start=1
-            )
+            for rank, (item, score) in enumerate(zip(items, scores[0], strict=True), start=1)
         )
         self.stored.append_ledger("query", question | {"hits": [hit.item_id for hit in hits]})
         return Result(
             question=question,
             feature_space_id=self.stored.manifest.feature_space_id,
-            searched=len(positions),
+            searched=available,
             agreement=agreement,
             warnings=_warnings(asking, self.recipe),
             hits=hits,
             pictures=tuple(pictures),
-            thumbnails=self.stored.thumbnails,
+            thumbnails=thumbnails,
         )
 
     def check_model(self, model: Model, recipe: Recipe | None = None) -> None:
@@ -151,6 +162,28 @@ class Index:
                 f"{self.folder} was made in another feature space; different: {', '.join(found)}; "
                 "use the model and recipe it was made with, or ingest again"
             )
+
+
+class _Here:
+    """Ranks the rows of an index in this process, as `SearchCluster` does on a cluster."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self.manifest: Manifest = index.stored.manifest
+
+    def count(self, where: str | None) -> int:
+        self._positions = self._index.stored.searchable(self._index.catalog.select(where))
+        return len(self._positions)
+
+    def search(
+        self, queries: npt.NDArray[np.floating], top: int, *, where: str | None, **options: Any
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Rank what was counted."""
+        positions = None if where is None else self._positions
+        return search(self._index.stored, queries, top, positions=positions, **options)
+
+    def items(self, positions: npt.NDArray[np.int64]) -> tuple[list[dict[str, Any]], Thumbnails]:
+        return self._index.catalog.rows(positions), self._index.stored.thumbnails
 
 
 def _warnings(asking: Asking, recipe: Recipe) -> tuple[str, ...]:
