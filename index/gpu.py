@@ -63,7 +63,7 @@ class Resident:
         self.metric = metric
         self._positions = index.ok_positions
         self._rows = _flat(index.manifest.dim)
-        self._largest = np.float32(np.abs(scale).max())
+        self._largest = np.float32(np.abs(scale).max() or 1)
         factor = scale / self._largest
         for block, units in index.unit_blocks(self._positions, _BLOCK_ROWS):
             self._rows.add(decode_rows(units, factor[block]))
