@@ -46,7 +46,7 @@ QUERY_BITS = 4  # 0 would keep queries whole, and does not return in FAISS 1.15.
 SEGMENT_ROWS = 131_072  # 35 MB of codes at 2048 dimensions while one is built
 FROM_ROWS = 500_000  # below, all rows are read in less time than codes are worth waiting for
 PER_HIT = 50  # candidates looked at exactly per result asked for
-LEAST = 2000  # and at least so many: one bit per direction ranks coarsely
+SHARE = 200  # and at least one row in so many: as the crowd grows, so does what passes for a hit
 MOST_DIRECTIONS = 2048  # of the whitening: beyond, rows hold next to nothing
 _BLOCK_ROWS = 2048
 _WHITENING = "whitening.npz"
@@ -68,7 +68,7 @@ def candidates(
     or many results are, or the accelerator can be neither read nor built.
     """
     rows = index.manifest.rows
-    count = max(top * PER_HIT, LEAST)
+    count = max(top * PER_HIT, rows // SHARE)
     if rows < FROM_ROWS or len(wanted) < max(rows // _FEW, 4 * count):
         return None
     opened = _OPEN.setdefault(index, {})
@@ -267,11 +267,14 @@ def _unit(scale: Float32) -> float:
 
 
 def _write(codes: Any, file: BinaryIO) -> None:
-    faiss.write_index(codes, faiss.PyCallbackIOWriter(file.write))
+    try:
+        faiss.write_index(codes, faiss.PyCallbackIOWriter(file.write))
+    except RuntimeError as error:  # FAISS's own, also for a full disk
+        raise OSError(str(error).splitlines()[-1]) from error
 
 
 def _open(first: int, scale: Float32, path: Path) -> Segment:
-    """Map the codes of a segment; IndexStoreError when this FAISS cannot read them."""
+    """Map the codes of a segment; OSError when this FAISS cannot read them."""
     try:
         codes = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:

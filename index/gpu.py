@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import faiss as _faiss
 import numpy as np
+import numpy.typing as npt
 
 from .metrics import Metric
 from .reader import Int64, StoredIndex
@@ -62,7 +63,7 @@ class Resident:
         self.metric = metric
         self._positions = index.ok_positions
         self._rows = _flat(index.manifest.dim)
-        self._largest = np.float32(np.abs(scale).max())
+        self._largest = np.float32(np.abs(scale).max() or 1)
         factor = scale / self._largest
         for block, units in index.unit_blocks(self._positions, _BLOCK_ROWS):
             self._rows.add(decode_rows(units, factor[block]))
@@ -72,7 +73,8 @@ class Resident:
     ) -> tuple[Float32, Int64] | None:
         """The `count` best scores and positions [Q, count], to a part in a hundred of the largest.
 
-        `wanted` limits them to some positions; None when this FAISS ignores selectors.
+        `wanted` limits them to some positions. None when this FAISS ignores selectors, and when
+        fewer than `count` scores are finite.
         """
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         scaled = queries / np.where(lengths > 0, lengths, 1)  # half precision holds no extremes
@@ -85,9 +87,10 @@ class Resident:
                 )
                 return None
             chosen = np.isin(self._positions, wanted, assume_unique=True)
-            bits = np.packbits(chosen, bitorder="little")
-            how = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+            how = faiss.SearchParameters(sel=_selector(chosen))
         values, found = self._rows.search(scaled, count, params=how)
+        if (found < 0).any():  # what half precision cannot hold has no rank
+            return None
         return values * (lengths * self._largest), self._positions[found]
 
     def candidates(self, queries: Float32, count: int, wanted: Int64) -> list[Int64] | None:
@@ -110,7 +113,7 @@ def honours_selectors() -> bool:
     """Try it: the classic GPU build of FAISS takes a selector and searches everything."""
     rows = _flat(32)
     rows.add(np.array([[1.0] * 32, [0.5] * 32], np.float32))
-    only_second = faiss.SearchParameters(sel=faiss.IDSelectorBatch(np.array([1])))
+    only_second = faiss.SearchParameters(sel=_selector(np.array([False, True])))
     try:
         _, found = rows.search(np.ones((1, 32), np.float32), 1, params=only_second)
     except RuntimeError:
@@ -118,11 +121,14 @@ def honours_selectors() -> bool:
     return bool(found[0, 0] == 1)
 
 
+def _selector(chosen: npt.NDArray[np.bool_]) -> Any:
+    return faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
+
+
 def _flat(dim: int) -> Any:
     config = faiss.GpuIndexFlatConfig()
     config.useFloat16 = True
-    rows = faiss.GpuIndexFlatIP(_resources(), dim, config)
-    return rows
+    return faiss.GpuIndexFlatIP(_resources(), dim, config)
 
 
 @cache

@@ -62,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the index, with sizes at which a small index is a large one."""
     for name, value in {
-        "FROM_ROWS": 1000, "SEGMENT_ROWS": 2000, "LEAST": 300, "PER_HIT": 20,
+        "FROM_ROWS": 1000, "SEGMENT_ROWS": 2000, "SHARE": 20, "PER_HIT": 20,
     }.items():  # fmt: skip
         monkeypatch.setattr(accelerator, name, value)
     return shutil.copytree(whole, tmp_path / "idx")
@@ -214,6 +214,26 @@ def test_a_folder_that_takes_nothing_and_a_builder_elsewhere_mean_exact(
     with caplog.at_level(logging.WARNING):
         search(index, asked(), 10, metric=METRIC)
     assert len(codes(folder)) == 3
+
+
+def test_a_disk_that_fills_up_means_exact(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        accelerator, "_write", lambda codes, file, real=accelerator._write: real(codes, Full())
+    )
+    index = StoredIndex.open(folder)
+    exact = search(index, asked(), 10, metric=METRIC, exact=True)
+    found = search(index, asked(), 10, metric=METRIC)
+    np.testing.assert_array_equal(exact[1], found[1])
+    assert "could not be kept" in caplog.text
+    assert "every row is looked at" in caplog.text
+    assert not list(folder.rglob("*.writing"))
+    assert not codes(folder)
 
 
 def test_segments_take_whole_shards() -> None:
