@@ -23,6 +23,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
             os.fsync(file.fileno())
         digest = sha256_of(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A full disk, for instance, does not say by itself which file it has no space for.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -12,6 +12,7 @@ import torch
 from headwater import Asking, Concept, Index, Model, Recipe, build_index
 from headwater.attribution import METHODS, Engine, Execution, choose_batch
 from headwater.index import StoredIndex
+from headwater.ingest.devices import Pictures, compute_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CAPTIONS, KEYS = ["a red cat", "the dog", "a fish by studio"], ["one", "two", "three"]
@@ -56,6 +57,33 @@ def test_ingest_and_query_on_gpu(tmp_path: Path, model_folder: Path, corpus: Pat
     scores = [np.array([hits[n][item] for item in hits["cpu"]]) for n in ("cpu", "one")]
     assert np.abs(scores[0] - scores[1]).max() <= 1e-2 * np.abs(scores[0]).max()
     assert StoredIndex.open(tmp_path / "one").manifest.rows == 12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_rows_do_not_depend_on_where_batches_are_cut(kind: str, dtype: str) -> None:
+    """Of a pass, its width and the place in it are fixed: so an ingest can go on anywhere."""
+    make, captions = tiny.KINDS[kind]
+    model = Model.from_pipeline(make(), device="cuda", dtype=dtype)
+    engine = Engine(model, Recipe(timesteps=2, dim=64))
+    count, width = 23, 10
+    pixels = np.random.default_rng(0).integers(0, 255, (count, *model.image_size, 3), np.uint8)
+    words, keys = [captions[i % 2] for i in range(count)], [str(i) for i in range(count)]
+    found = []
+    for cut in (width, 3, count):
+        parts = [
+            Pictures(
+                pixels[i : i + cut],
+                words[i : i + cut],
+                keys[i : i + cut],
+                list(range(i, min(count, i + cut))),
+                width,
+            )
+            for i in range(0, count, cut)
+        ]
+        found.append(np.concatenate([rows.features for rows in compute_rows(engine, parts)]))
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

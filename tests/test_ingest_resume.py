@@ -294,7 +294,7 @@ def test_a_full_disk_keeps_what_is_done(
         honest(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*idx/.*'"):
         run(source, model, tmp_path / "idx", batch_size=5)
     assert not [*(tmp_path / "idx").rglob("*.writing")]
     run(source, model, tmp_path / "idx", batch_size=5)

@@ -59,7 +59,7 @@ def run_demo(folder: str | Path, *, progress: ProgressCallback | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
     write_corpus(corpus)
-    if (index_folder / "manifest.json").exists():
+    if index_folder.exists():  # begun again, not added to
         shutil.rmtree(index_folder)
     model = demo_model()
     summary = build_index(corpus, model, index_folder, progress=progress)
