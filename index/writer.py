@@ -44,6 +44,7 @@ from .rows import Float32, decode_rows
 
 # The ledger's line of a commit, kept until it stands there: a crash cannot lose it.
 COMMIT_FILE = "commit.json"
+_DISCARDED = b'{"first_part": -1}'
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_]+")
 _PART = re.compile(r"part-(\d{5,})\.(?:npy|parquet)")
 _PART_FOLDERS = ("features", "items", "thumbs")
@@ -158,9 +159,12 @@ class IndexWriter:
         """Whether an ingest into this index was cut short; its parts wait for its end."""
         return _job_is_open(self.folder, self._committed)
 
-    def tidy(self) -> None:
-        """Remove what neither the manifest nor an unfinished job lists, after a job was dropped."""
-        _remove_unlisted(self.folder, None if self.new else self._committed)
+    def discard_job(self) -> None:
+        """Forget an unfinished ingest and everything that it wrote."""
+        path = self.folder / JOB_FILE
+        if path.exists():  # from here on it is over, even if the rest is left to the next writer
+            write_atomically(path, lambda file: file.write(_DISCARDED))
+        _settle(self.folder, None if self.new else self._committed)
 
     def add_shard(
         self, items: pa.Table, rows: npt.NDArray[np.float32], thumbs: pa.Table
@@ -179,18 +183,18 @@ class IndexWriter:
         """
         name = part_name(self._manifest.next_part)
         encoded = encode_items(name, items, rows, self._manifest.dim)
-        seen = self._known_ids()
+        known, fresh = self._known_ids(), set[str]()
         for item_id in items["item_id"].to_pylist():
-            if item_id in seen:
+            if item_id in known or item_id in fresh:
                 raise IndexStoreError(
                     f"{name}: item_id {item_id!r} occurs twice; ids must be unique in an index"
                 )
-            seen.add(item_id)
+            fresh.add(item_id)
         self._schema = merged_schema(name, self._schema, encoded.items.schema)
         self.add_parts(
             [write_part(self.folder, name, encoded, thumbs)], self.manifest.next_part + 1
         )
-        self._item_ids = seen
+        known |= fresh
         norms = encoded.items["row_norm"].to_numpy()
         return decode_rows(encoded.units, norms)
 
@@ -286,7 +290,7 @@ class IndexWriter:
                 table = pq.read_table(self.folder / part_files(shard.name)[1])
                 self._schema = merged_schema(shard.name, self._schema, table.schema)
                 self._item_ids.update(table["item_id"].to_pylist())
-        return set(self._item_ids)
+        return self._item_ids
 
 
 def _check_new_folder(folder: Path) -> None:
@@ -297,7 +301,7 @@ def _check_new_folder(folder: Path) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise IndexStoreError(f"{folder} is a file, not a folder; choose another --out")
-    if folder.exists() and not _only_lock(folder) and not (folder / "job").is_dir():
+    if folder.exists() and not _only_lock(folder) and not _holds_job(folder):
         raise IndexStoreError(
             f"{folder} exists, is not empty and is no index; choose a new or empty folder as --out"
         )
@@ -305,6 +309,14 @@ def _check_new_folder(folder: Path) -> None:
 
 def _only_lock(folder: Path) -> bool:
     return all(path.name == LOCK_FILE for path in folder.iterdir())
+
+
+def _holds_job(folder: Path) -> bool:
+    """Whether an ingest of ours was begun here; a folder named `job` may be anybody's."""
+    if (folder / JOB_FILE).exists():
+        return _first_part(folder) is not None
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    return files <= {LOCK_FILE, "job", JOB_FILE + ".writing"}
 
 
 def _without(files: Mapping[str, str], top: str) -> dict[str, str]:
@@ -326,8 +338,11 @@ def _settle(folder: Path, manifest: Manifest | None) -> None:
                 ledger.append(folder, line["event"], line["details"])
         path.unlink()
     _remove_unlisted(folder, manifest)
-    if not _job_is_open(folder, manifest):
-        shutil.rmtree((folder / JOB_FILE).parent, ignore_errors=True)
+    job = (folder / JOB_FILE).parent
+    if job.exists() and not _job_is_open(folder, manifest):
+        for name in sorted(job.iterdir(), key=lambda path: path.name == "job.json"):  # that last
+            shutil.rmtree(name) if name.is_dir() else name.unlink()
+        job.rmdir()
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest | None) -> None:
@@ -356,11 +371,16 @@ def _remove_unlisted(folder: Path, manifest: Manifest | None) -> None:
 
 def _job_is_open(folder: Path, manifest: Manifest | None) -> bool:
     """Whether the job that lies there still waits for its end; a committed one does not."""
-    path = folder / JOB_FILE
-    if not path.exists():
+    if not (folder / JOB_FILE).exists():
         return False
+    first_part = _first_part(folder)
+    # Of one that cannot be read, whoever goes on with it will say so.
+    return first_part is None or first_part >= (0 if manifest is None else manifest.next_part)
+
+
+def _first_part(folder: Path) -> int | None:
+    """The number of a job's first part; None if its file is not one of ours."""
     try:
-        first_part = int(json.loads(path.read_bytes())["first_part"])
+        return int(json.loads((folder / JOB_FILE).read_bytes())["first_part"])
     except (ValueError, KeyError, TypeError):
-        return True  # whoever goes on with it will see
-    return manifest is None or first_part >= manifest.next_part
+        return None

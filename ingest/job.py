@@ -29,7 +29,7 @@ from .devices import kind_of, open_devices
 from .errors import SourceError
 from .held import Held, check_columns
 from .journal import Journal
-from .plan import SHARD_ITEMS, Job, check_same, discard_job, read_job
+from .plan import SHARD_ITEMS, Job, check_same, read_job
 from .progress import Progress, ProgressCallback
 from .ranges import Worker, Workers
 from .ray_engine import RayCluster, RayWorkers, Task
@@ -123,11 +123,9 @@ def build_index(
     space = json.loads(json.dumps(feature_space(engine.recipe, model.fingerprint)))
     with _opened_writer(out, space, engine.projector.dim) as writer:
         before = None if writer.new else StoredIndex(out, writer.manifest)
+        if restart:
+            writer.discard_job()
         begun = read_job(out)
-        if begun is not None and restart:
-            discard_job(out)
-            writer.tidy()
-            begun = None
         if before is not None:
             _check_space(before, space)
             if before.manifest.rows:

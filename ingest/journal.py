@@ -167,11 +167,15 @@ class Journal:
         return Todo(number, start, stop, taken)
 
     def _kept(self, number: int) -> list[_Kept]:
-        folder = self._folder / "job" / self.job.part(number)
-        found = []
-        for path in sorted(folder.glob("*.arrow")):
+        """The batches of a range from its start on, without a gap."""
+        by_start: dict[int, _Kept] = {}
+        for path in sorted((self._folder / "job" / self.job.part(number)).glob("*.arrow")):
             start, stop = map(int, path.stem.split("-"))
-            found.append(_Kept(start, stop, path))
+            by_start[start] = _Kept(start, stop, path)  # of several the longest comes last
+        found, place = [], self.job.span(number)[0]
+        while place in by_start:
+            found.append(by_start[place])
+            place = found[-1].stop
         return found
 
     def _record_path(self, number: int) -> Path:

@@ -8,7 +8,6 @@ was not, and any worker can do any range.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -155,7 +154,8 @@ def read_job(folder: Path) -> Job | None:
     if not path.exists():
         return None
     try:
-        return Job(**json.loads(path.read_bytes()))
+        content = json.loads(path.read_bytes())
+        return None if content == {"first_part": -1} else Job(**content)  # -1: discarded
     except (TypeError, ValueError) as error:
         raise SourceError(
             f"{path} cannot be read ({error}); add --restart to discard the unfinished ingest"
@@ -166,12 +166,6 @@ def write_job(folder: Path, job: Job) -> None:
     """Note the job, before its first batch is kept."""
     text = json.dumps(asdict(job), indent=1, sort_keys=True, allow_nan=False).encode()
     write_atomically(folder / JOB_FILE, lambda file: file.write(text))
-
-
-def discard_job(folder: Path) -> None:
-    """Forget the job; its parts are then removed as what nothing lists."""
-    (folder / JOB_FILE).unlink(missing_ok=True)  # first: without it the rest is nothing
-    shutil.rmtree((folder / JOB_FILE).parent, ignore_errors=True)
 
 
 def check_same(folder: Path, begun: Job, asked: Job) -> None:

@@ -27,7 +27,6 @@ from headwater.index.files import write_atomically
 from .errors import SourceError
 from .held import Held
 from .journal import Journal, RangeRecord
-from .plan import discard_job
 from .spectrum import curvature_arrays
 
 
@@ -63,8 +62,7 @@ def seal(
     written = sum(len(record.ids) for record in records)
     unchanged = sum(len(record.unchanged) for record in records)
     if written == reasons.total() and not unchanged:
-        discard_job(folder)
-        writer.tidy()
+        writer.discard_job()
         reason, count = reasons.most_common(1)[0]
         raise SourceError(
             f"no usable image in {job.label}: {written} items, "
@@ -88,7 +86,7 @@ def seal(
         writer.finish(told)
     else:
         writer.note("ingest", told)
-        discard_job(folder)
+        writer.discard_job()
     outliers = _outliers(StoredIndex(folder, writer.manifest))
     return Sealed(written, reasons, tuple(replaced), unchanged, outliers)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,39 @@ def test_a_new_index_that_was_not_begun_leaves_nothing(tmp_path: Path) -> None:
             new_writer(tmp_path / name)
     assert not (tmp_path / "idx").exists()
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    """Whatever its folders are called."""
+    for name in ("job/notes.txt", "job/job.json", "features/part-00000.npy", "curvature/x.npy"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text('{"precious": 1}')
+        with pytest.raises(IndexStoreError, match="is no index"):
+            new_writer(folder)
+        assert tree_bytes(folder) == {name: b'{"precious": 1}'}
+
+
+def test_a_discarded_job_is_over_at_once(tmp_path: Path) -> None:
+    """And a crash while it is removed leaves that to the next writer."""
+    for step in range(1, 4):
+        folder = tmp_path / f"idx-{step}"
+        (folder / "job/part-00000").mkdir(parents=True)
+        (folder / "features").mkdir()
+        for name in ("job/part-00000/0-4.arrow", "job/part-00001.json", "features/part-00000.npy"):
+            (folder / name).write_text("x")
+        (folder / "job/job.json").write_text('{"first_part": 0}')
+        with pytest.MonkeyPatch.context() as patch, suppress(Crash):
+            writer = new_writer(folder)
+            assert (folder / "features/part-00000.npy").exists()
+            crash_at(patch, step)
+            writer.discard_job()
+        writer.close()
+        writer = new_writer(folder)
+        assert (folder / "job").exists() == (step == 1)  # not yet said
+        writer.discard_job()
+        assert set(tree_bytes(folder)) == {"lock"}
+        writer.close()
 
 
 def test_a_reader_of_removed_files_is_told_why(tmp_path: Path) -> None:

@@ -219,6 +219,21 @@ def test_every_batch_size_of_a_resume_gives_the_same_bytes(
     assert (details["batch_size"], details["resumed"]) == (5, 35)
 
 
+def test_a_lost_batch_is_computed_again(
+    tmp_path: Path, model: Model, source: Path, unbroken: dict[str, bytes]
+) -> None:
+    """Batches behind a gap, and others that overlap, do no harm."""
+    folder = tmp_path / "idx"
+    for size, done in ((5, 14), (3, 14)):
+        with pytest.raises(Stopped):
+            run(source, model, folder, batch_size=size, progress=stop_at(done))
+        kept = sorted((folder / "job/part-00000").glob("*.arrow"))
+        if size == 5:
+            kept[1].unlink()
+    run(source, model, folder, batch_size=4)
+    assert without_ledger(folder) == unbroken
+
+
 def test_repeated_content_is_told_apart_in_order(
     tmp_path: Path, model: Model, source: Path
 ) -> None:
