@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from .manifest import Manifest
 from .reader import Int64, StoredIndex
@@ -21,26 +20,13 @@ class Excerpt(StoredIndex):
     whole index. Only these shards' items and rows are read.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        start: int,
-        stop: int,
-        schema: pa.Schema | None = None,
-    ) -> None:
-        """Look at shards of the index in `folder`.
-
-        manifest  of the whole index
-        schema    of the items of the whole index, where some shards lack a column or have a
-                  narrower type
-        """
+    def __init__(self, folder: Path, manifest: Manifest, start: int, stop: int) -> None:
+        """Look at shards of the index in `folder`, which has this manifest."""
         shards = manifest.shards[start:stop]
         rows = sum(shard.items for shard in shards)
         quarantined = sum(shard.quarantined for shard in shards)
         self.first_row = sum(shard.items for shard in manifest.shards[:start])
         self._whole = StoredIndex(folder, manifest)
-        self._schema = schema
         super().__init__(
             folder, replace(manifest, shards=shards, rows=rows, quarantined=quarantined)
         )
@@ -50,15 +36,6 @@ class Excerpt(StoredIndex):
         """Ascending positions, in the excerpt, of its deleted items."""
         deleted = self._whole.deleted_positions - self.first_row
         return deleted[(deleted >= 0) & (deleted < self.manifest.rows)]
-
-    @cached_property
-    def _items(self) -> pa.Table:
-        items = super()._items
-        if self._schema is None:
-            return items
-        return pa.concat_tables(
-            [self._schema.empty_table(), items], promote_options="permissive"
-        ).combine_chunks()
 
 
 def split_shards(manifest: Manifest, parts: int) -> list[tuple[int, int]]:
