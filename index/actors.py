@@ -78,7 +78,8 @@ class ShardHolder:
         if not top:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         excerpt = self._opened(part)
-        scores, found = search(excerpt, queries, top, positions=positions, **options)
+        chosen = None if where is None else positions  # None spares the search a look at them
+        scores, found = search(excerpt, queries, top, positions=chosen, **options)
         return scores, found + excerpt.first_row
 
     def items(
