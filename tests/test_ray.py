@@ -278,7 +278,17 @@ def test_without_ray_the_extra_is_named(
     assert not (tmp_path / "idx").exists()
 
 
-def test_an_address_through_the_client_is_refused() -> None:
-    pytest.importorskip("ray")
-    with pytest.raises(hw.ClusterError, match="machine of the cluster"), connected("ray://x:10001"):
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://head:10001", "run this on a machine of the cluster"),
+        ("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1 .* refused"),
+        ("nothing", "no Ray cluster at nothing"),
+    ],
+)
+def test_an_address_without_a_cluster_is_named(
+    address: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("ray"), "is_initialized", lambda: False)
+    with pytest.raises(hw.ClusterError, match=said), connected(address):
         pass
