@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .catalog import Catalog
+from .catalog import filter_positions
 from .cluster import connected
 from .errors import ClusterError, IndexStoreError
 from .excerpt import Excerpt, split_shards
@@ -43,8 +43,8 @@ class ShardHolder:
     def __init__(self, folder: str, manifest: Manifest) -> None:
         self._folder = Path(folder)
         self._manifest = manifest
-        self._schema: pa.Schema | None = None
         self._parts: dict[Part, Excerpt] = {}
+        self._tables: dict[Part, pa.Table] = {}
         self._selected: dict[Part, tuple[str | None, Int64]] = {}
 
     def ready(self) -> None:
@@ -57,7 +57,7 @@ class ShardHolder:
 
     def schema(self, part: Part) -> pa.Schema:
         """Return names and types of the item columns of these shards."""
-        return self._opened(part, None).item_schema
+        return self._opened(part).item_schema
 
     def count(self, part: Part, schema: pa.Schema, where: str | None) -> int:
         """Return how many rows can be ranked under `where`."""
@@ -77,32 +77,39 @@ class ShardHolder:
         top = min(top, len(positions))
         if not top:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        excerpt = self._opened(part, schema)
-        scores, found = search(excerpt, queries, top, positions=positions, **options)
+        excerpt = self._opened(part)
+        chosen = None if where is None else positions  # None spares the search a look at them
+        scores, found = search(excerpt, queries, top, positions=chosen, **options)
         return scores, found + excerpt.first_row
 
     def items(
         self, part: Part, schema: pa.Schema, positions: Int64
     ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
         """Return every column of the items at `positions` of the index, and their previews."""
-        excerpt = self._opened(part, schema)
-        rows = Catalog(excerpt).rows(positions - excerpt.first_row)
+        excerpt = self._opened(part)
+        taken = self._items(part, schema).take(pa.array(positions - excerpt.first_row))
+        rows = taken.to_pylist()
         return rows, excerpt.thumbnails([row["item_id"] for row in rows])
 
     def _positions(self, part: Part, schema: pa.Schema, where: str | None) -> Int64:
-        excerpt = self._opened(part, schema)
         kept = self._selected.get(part)
         if kept is None or kept[0] != where:
-            found = excerpt.searchable(Catalog(excerpt).select(where))
-            kept = self._selected[part] = where, found
+            asked = None if where is None else filter_positions(self._items(part, schema), where)
+            kept = self._selected[part] = where, self._opened(part).searchable(asked)
         return kept[1]
 
-    def _opened(self, part: Part, schema: pa.Schema | None) -> Excerpt:
-        if schema != self._schema:
-            self._schema = schema
-            self._parts.clear()
+    def _items(self, part: Part, schema: pa.Schema) -> pa.Table:
+        """The items of these shards with every column that any shard of the index has."""
+        if part not in self._tables:
+            items = self._opened(part).items()
+            self._tables[part] = pa.concat_tables(
+                [schema.empty_table(), items], promote_options="permissive"
+            )
+        return self._tables[part]
+
+    def _opened(self, part: Part) -> Excerpt:
         if part not in self._parts:
-            self._parts[part] = Excerpt(self._folder, self._manifest, *part, schema)
+            self._parts[part] = Excerpt(self._folder, self._manifest, *part)
         return self._parts[part]
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .errors import ClusterError
+
+_PATIENCE = 10.0  # seconds for a cluster to answer
 
 
 @contextmanager
@@ -44,8 +47,11 @@ def connected(address: str | None = None) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ours: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
+        if address not in ("auto", "local"):  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **ours)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ClusterError(
             f"no Ray cluster at {address} ({reason}); give --ray-address of one that runs, "

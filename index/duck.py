@@ -83,16 +83,12 @@ def connect_items(index: StoredIndex, *, deleted: bool) -> duckdb.DuckDBPyConnec
             connection, "tombstones", pa.table({"position": pa.array(index.deleted_positions)})
         )
         where = f"WHERE {_POSITION} NOT IN (SELECT position FROM tombstones)"
-    elsewhere = ""
-    if not uniform:  # a column may stand in none of these parts, but in others of a larger index
-        _make_table(connection, "columns", scannable(schema.empty_table()))
-        elsewhere = " UNION ALL BY NAME SELECT * FROM columns"
     connection.execute(
         f"CREATE VIEW items AS SELECT {_POSITION} AS {position_name(schema.names)}, item.* "
         f"FROM read_parquet([{', '.join(map(_quoted, files))}], "
         # A folder of the path may look like `licence=MIT`, which would become a column.
         f"hive_partitioning = false, union_by_name = {not uniform}) AS item "
-        f"LEFT JOIN parts ON item.file_index = parts.number {where}{elsewhere}"
+        f"LEFT JOIN parts ON item.file_index = parts.number {where}"
     )
     return connection
 

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from .manifest import Manifest
 from .reader import Int64, StoredIndex
@@ -21,26 +20,13 @@ class Excerpt(StoredIndex):
     whole index. Only these shards' items and rows are read.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        start: int,
-        stop: int,
-        schema: pa.Schema | None = None,
-    ) -> None:
-        """Look at shards of the index in `folder`.
-
-        manifest  of the whole index
-        schema    of the items of the whole index, where some shards lack a column or have a
-                  narrower type
-        """
+    def __init__(self, folder: Path, manifest: Manifest, start: int, stop: int) -> None:
+        """Look at shards of the index in `folder`, which has this manifest."""
         shards = manifest.shards[start:stop]
         rows = sum(shard.items for shard in shards)
         quarantined = sum(shard.quarantined for shard in shards)
         self.first_row = sum(shard.items for shard in manifest.shards[:start])
         self._whole = StoredIndex(folder, manifest)
-        self._schema = schema
         super().__init__(
             folder, replace(manifest, shards=shards, rows=rows, quarantined=quarantined)
         )
@@ -56,11 +42,6 @@ class Excerpt(StoredIndex):
         """Excerpts are cut in many ways: each has accelerators of its own."""
         first, last = self.manifest.shards[0], self.manifest.shards[-1]
         return f"{first.name}-{last.number}"
-
-    @cached_property
-    def _item_schemas(self) -> list[pa.Schema]:
-        known = [] if self._schema is None else [self._schema]
-        return [*super()._item_schemas, *known]
 
 
 def split_shards(manifest: Manifest, parts: int) -> list[tuple[int, int]]:

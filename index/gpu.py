@@ -128,6 +128,7 @@ def _selector(chosen: npt.NDArray[np.bool_]) -> Any:
 def _flat(dim: int) -> Any:
     config = faiss.GpuIndexFlatConfig()
     config.useFloat16 = True
+    config.use_cuvs = faiss.get_compile_options().find("NVIDIA_CUVS") >= 0  # honours selectors
     return faiss.GpuIndexFlatIP(_resources(), dim, config)
 
 

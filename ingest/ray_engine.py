@@ -96,8 +96,9 @@ class RangeWorker:
             model: Model = torch.load(
                 io.BytesIO(self._saved.data), map_location="cpu", weights_only=False
             )
-        device = model.to(task.kind).device
+        model = model.to(task.kind)
         self._devices = Devices(Engine(model, task.recipe, task.execution))
+        device = model.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def batch_size(self) -> int:
@@ -326,5 +327,6 @@ def _given_up(job: Job, aside: Mapping[int, Exception], reached: Mapping[int, in
     )
     return DeviceError(
         f"given up after {ATTEMPTS} workers each: {'; '.join(places)}; what was computed is kept, "
-        "run it again to go on, without these records (--where) if it is they that end workers"
+        "run it again to go on; a record that ends every worker can only be left out from the "
+        "start (--where with --restart)"
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import png
 
-from headwater import Asking, Concept, Index, Model, Recipe, build_index
+from headwater import Asking, Concept, Index, Model, RayCluster, Recipe, build_index
 from headwater.attribution import METHODS, Engine, Execution, choose_batch
 from headwater.index import StoredIndex
 from headwater.ingest.devices import Pictures, compute_rows
@@ -84,6 +86,35 @@ def test_rows_do_not_depend_on_where_batches_are_cut(kind: str, dtype: str) -> N
         found.append(np.concatenate([rows.features for rows in compute_rows(engine, parts)]))
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0], found[2])
+
+
+def test_a_worker_of_a_cluster_gives_the_rows_of_a_device(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)  # where workers look for modules: not in the unpacked repository
+    (tmp_path / "pictures").mkdir()
+    for number in range(5):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(png(number))
+        (tmp_path / "pictures" / f"{number}.txt").write_text(CAPTIONS[number % 3])
+    model = Model.from_pretrained(model_folder, device="cpu", dtype="float32", runs_on="cuda")
+    ways = {"device": ["cuda:0"], "cluster": ["cuda"]}
+    for name, devices in ways.items():
+        build_index(
+            tmp_path / "pictures",
+            model,
+            tmp_path / name,
+            recipe=Recipe(timesteps=2, dim=256),
+            batch_size=2,
+            devices=devices,
+            cluster=RayCluster(workers=1) if name == "cluster" else None,
+        )
+    for name in ("features/part-00000.npy", "items/part-00000.parquet", "manifest.json"):
+        assert (tmp_path / "device" / name).read_bytes() == (
+            tmp_path / "cluster" / name
+        ).read_bytes()
+    last = json.loads((tmp_path / "cluster" / "ledger.jsonl").read_text().splitlines()[-1])
+    assert last["details"]["devices"] == [torch.cuda.get_device_name(0)]
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

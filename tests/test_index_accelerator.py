@@ -203,7 +203,7 @@ def test_a_folder_that_takes_nothing_and_a_builder_elsewhere_mean_exact(
     np.testing.assert_array_equal(exact[1], found[1])
     assert "every row is looked at" in caplog.text
     (folder / "faiss").unlink()
-    kind = folder / "faiss" / "ip-query-3"
+    kind = folder / "faiss" / "all" / "ip-query-3"
     kind.mkdir(parents=True)
     caplog.clear()
     with (kind / "lock").open("w") as other:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from headwater.ingest.sources import Source, open_source
 IMAGES = 40
 RANGE = 4  # images of a range here
 BATCH = 2
+HELD = 9  # images that an index holds before the others are added
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,16 @@ def alone(pictures: Path, model: hw.Model, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "SHARD_ITEMS", RANGE)
         hw.build_index(pictures, model, out, recipe=recipe(), batch_size=BATCH)
+    return out
+
+
+@pytest.fixture(scope="module")
+def begun(pictures: Path, model: hw.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of the first pictures, to which the others are added."""
+    out = tmp_path_factory.mktemp("begun") / "idx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "SHARD_ITEMS", RANGE)
+        hw.build_index(pictures, model, out, recipe=recipe(), batch_size=BATCH, limit=HELD)
     return out
 
 
@@ -116,15 +128,17 @@ class Killer(Thread):
 def test_a_worker_killed_in_the_middle_changes_no_byte(
     ray: Any,
     pictures: Path,
+    model: hw.Model,
     model_folder: Path,
-    alone: Path,
+    begun: Path,
     tmp_path: Path,
     headwater: Command,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(job, "SHARD_ITEMS", RANGE)
-    out = tmp_path / "idx"
+    alone, out = (Path(shutil.copytree(begun, tmp_path / name)) for name in ("alone", "cluster"))
+    hw.build_index(pictures, model, alone, recipe=recipe(), batch_size=BATCH)
     killer = Killer(out)
     killer.start()
     code, said, errors = headwater(
@@ -134,7 +148,7 @@ def test_a_worker_killed_in_the_middle_changes_no_byte(
     assert code == 0, errors
     assert killer.killed == 1
     assert "a worker was lost over part-" in caplog.text
-    assert f"{IMAGES - 1} rows" in said
+    assert f"{IMAGES - HELD - 1} rows" in said
     assert contents(out) == contents(alone)
     assert not actors("RangeWorker")
     assert ray.is_initialized()  # the user's own cluster is left running
@@ -264,7 +278,17 @@ def test_without_ray_the_extra_is_named(
     assert not (tmp_path / "idx").exists()
 
 
-def test_an_address_through_the_client_is_refused() -> None:
-    pytest.importorskip("ray")
-    with pytest.raises(hw.ClusterError, match="machine of the cluster"), connected("ray://x:10001"):
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://head:10001", "run this on a machine of the cluster"),
+        ("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1 .* refused"),
+        ("nothing", "no Ray cluster at nothing"),
+    ],
+)
+def test_an_address_without_a_cluster_is_named(
+    address: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("ray"), "is_initialized", lambda: False)
+    with pytest.raises(hw.ClusterError, match=said), connected(address):
         pass
