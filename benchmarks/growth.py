@@ -5,6 +5,7 @@
 
 The corpus is repeated under new ids until there are rows enough. One ingest; its rate is that
 between two sizes, its memory the resident set of the process that collects and writes the rows.
+The processor's time is that of this process: beside other work it says more than the rate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import re
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from headwater import Model, build_index
+from headwater import Model, Recipe, build_index
 from headwater.ingest import Progress, devices_named, kind_of
 
-MARKS = (0, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
+MARKS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 CHUNK = 1_000  # rows of a row group of the repeated corpus
 
 
@@ -35,16 +37,17 @@ def main() -> None:
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--timesteps", type=int, default=10, help="fewer leave more to the writing")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     names = devices_named(args.devices)
     kind = kind_of(names[0]) if names else "cpu"
     dtype = "bfloat16" if kind == "cuda" else "float32"
     model = Model.from_pretrained(args.model, device="cpu", dtype=dtype)
-    points: list[tuple[int, float, float]] = []
+    points: list[Point] = []
 
     def note(step: Progress) -> None:
-        points.append((step.done, step.elapsed, resident()))
+        points.append(Point(step.done, step.elapsed, time.process_time(), resident()))
         if step.done // 10_000 != (step.done - args.batch) // 10_000:
             print(f"{step.done:,} rows after {step.elapsed:.0f} s", flush=True)
 
@@ -56,6 +59,7 @@ def main() -> None:
             corpus,
             model,
             Path(folder) / "index",
+            recipe=Recipe(timesteps=args.timesteps),
             batch_size=args.batch,
             devices=names,
             compile=False,
@@ -66,9 +70,9 @@ def main() -> None:
     text = "\n".join(
         [
             f"{machine}, {args.devices}, torch {torch.__version__}, {args.rows:,} images, batch "
-            f"{args.batch}, {whole:.0f} s in all\n",
-            "| rows | img/s since the line before | resident, MiB |",
-            "|---|---|---|",
+            f"{args.batch}, {args.timesteps} noise levels, {whole:.0f} s in all\n",
+            "| rows | img/s since the line before | CPU s per 1,000 rows | resident, MiB |",
+            "|---|---|---|---|",
             *lines(points),
         ]
     )
@@ -76,17 +80,28 @@ def main() -> None:
     args.out.write_text(text + "\n")
 
 
-def lines(points: list[tuple[int, float, float]]) -> list[str]:
-    """One line a mark: rate since the mark before, memory there."""
-    found, before = [], (0, 0.0)
-    for mark in (*MARKS, points[-1][0]):
-        reached = next((point for point in points if point[0] >= mark), None)
-        if reached is None or reached[0] <= before[0]:
+@dataclass(frozen=True)
+class Point:
+    """Where an ingest was after a batch."""
+
+    done: int
+    elapsed: float  # seconds
+    processor: float  # seconds
+    memory: float  # MiB
+
+
+def lines(points: list[Point]) -> list[str]:
+    """One line a mark: rate since the mark before, memory there; the first batch warms up."""
+    found, before = [], points[0]
+    for mark in (*MARKS, points[-1].done):
+        here = next((point for point in points if point.done >= mark), None)
+        if here is None or here.done <= before.done:
             continue
-        done, elapsed, memory = reached
-        rate = (done - before[0]) / (elapsed - before[1])
-        found.append(f"| {done:,} | {rate:.0f} | {memory:,.0f} |")
-        before = (done, elapsed)
+        rows = here.done - before.done
+        rate = rows / (here.elapsed - before.elapsed)
+        cost = (here.processor - before.processor) / rows * 1000
+        found.append(f"| {here.done:,} | {rate:.0f} | {cost:.2f} | {here.memory:,.0f} |")
+        before = here
     return found
 
 
