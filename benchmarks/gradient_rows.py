@@ -10,8 +10,12 @@ tail, and is scaled so that mixture and residual together have the variance of t
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -41,21 +45,32 @@ class Generator:
 
     def blocks(self, rows: int, seed: int = 0) -> Iterator[Float32]:
         """Yield `rows` rows, 2048 at a time: float32 [b, dim]; the same for the same seed."""
-        directions, real = self.coefficients.shape
         by_row = np.ascontiguousarray(self.coefficients.T)
-        for number, start in enumerate(range(0, rows, _BLOCK_ROWS)):
-            rng = np.random.default_rng([seed, number])
-            b = min(_BLOCK_ROWS, rows - start)
-            shares = rng.dirichlet([CONCENTRATION] * MIXED, b).astype(np.float32)
-            chosen = rng.integers(0, real, (b, MIXED))
-            mixture: Float32 = np.zeros((b, directions), np.float32)
-            for share, row in zip(shares.T, chosen.T, strict=True):
-                mixture += share[:, None] * by_row[row]
-            picked = rng.integers(0, real, (directions, b), dtype=np.uint32)
-            residual = np.take_along_axis(self.coefficients, picked, axis=1)
-            residual *= np.sqrt(1 - np.square(shares).sum(axis=1))
-            mixture += residual.T
-            yield mixture @ self.basis + self.mean
+        starts = iter(range(0, rows, _BLOCK_ROWS))
+        with ThreadPoolExecutor() as threads:  # numpy draws and multiplies without Python's lock
+            waiting: deque[Future[Float32]] = deque()
+            while True:
+                for start in islice(starts, 2 * (os.cpu_count() or 1) - len(waiting)):
+                    count = min(_BLOCK_ROWS, rows - start)
+                    number = [seed, start // _BLOCK_ROWS]
+                    waiting.append(threads.submit(self._block, count, number, by_row))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+
+    def _block(self, b: int, seed: list[int], by_row: Float32) -> Float32:
+        directions, real = self.coefficients.shape
+        rng = np.random.default_rng(seed)
+        shares = rng.dirichlet([CONCENTRATION] * MIXED, b).astype(np.float32)
+        chosen = rng.integers(0, real, (b, MIXED))
+        mixture: Float32 = np.zeros((b, directions), np.float32)
+        for share, row in zip(shares.T, chosen.T, strict=True):
+            mixture += share[:, None] * by_row[row]
+        picked = rng.integers(0, real, (directions, b), dtype=np.uint32)
+        residual = np.take_along_axis(self.coefficients, picked, axis=1)
+        residual *= np.sqrt(1 - np.square(shares).sum(axis=1))
+        mixture += residual.T
+        return mixture @ self.basis + self.mean
 
 
 def compare(real: Float32, made: Float32, queries: Float64) -> dict[str, list[float]]:

