@@ -71,16 +71,21 @@ class ShardHolder:
         queries: npt.NDArray[np.floating],
         top: int,
         options: Mapping[str, Any],
-    ) -> tuple[Float32, Int64]:
-        """Return the best rows of these shards, at most `top`, by their positions in the index."""
+    ) -> tuple[Float32, Int64, set[str]]:
+        """Return the best rows of these shards, at most `top`: scores, positions in the index, and
+        who proposed them."""
         positions = self._positions(part, schema, where)
         top = min(top, len(positions))
+        proposers: set[str] = set()
         if not top:
-            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+            nothing = np.empty((len(queries), 0), np.float32)
+            return nothing, nothing.astype(np.int64), proposers
         excerpt = self._opened(part)
         chosen = None if where is None else positions  # None spares the search a look at them
-        scores, found = search(excerpt, queries, top, positions=chosen, **options)
-        return scores, found + excerpt.first_row
+        scores, found = search(
+            excerpt, queries, top, positions=chosen, proposers=proposers, **options
+        )
+        return scores, found + excerpt.first_row, proposers
 
     def items(
         self, part: Part, schema: pa.Schema, positions: Int64
@@ -195,12 +200,13 @@ class SearchCluster:
         *,
         where: str | None = None,
         largest: bool = True,
+        proposers: set[str] | None = None,
         **options: Any,
     ) -> tuple[Float32, Int64]:
         """Return the `top` best rows for each query, as `search` over the whole index does.
 
-        `options` are those of `search`. Raises its errors, and ClusterError when the actors of a
-        run of shards were lost again and again.
+        `options` and `proposers` are those of `search`. Raises its errors, and ClusterError when
+        the actors of a run of shards were lost again and again.
         """
         available = self.count(where)
         if not 1 <= top <= available:
@@ -212,7 +218,9 @@ class SearchCluster:
         shared = self._ray.put(queries)
         found = self._all("best", self._schema, where, shared, top, options)
         sign = np.float32(1 if largest else -1)
-        scores, positions = merge([(sign * part, rows) for part, rows in found], top)
+        if proposers is not None:
+            proposers.update(*(by for _, _, by in found))
+        scores, positions = merge([(sign * part, rows) for part, rows, _ in found], top)
         return scores * sign + np.float32(0), positions  # + 0 turns -0 into 0
 
     def items(self, positions: npt.ArrayLike) -> tuple[list[dict[str, Any]], Thumbnails]:

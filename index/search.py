@@ -29,6 +29,7 @@ def search(
     positions: npt.ArrayLike | None = None,
     largest: bool = True,
     exact: bool = False,
+    proposers: set[str] | None = None,
     block_rows: int = BLOCK_ROWS,
 ) -> Found:
     """Return the `top` best rows for each query: scores and positions, float32 and int64 [Q, top].
@@ -39,6 +40,7 @@ def search(
     largest    False: the other end, lowest score first
     exact      True: look at every row; False: in a large index, at those that an accelerator
                proposes (`accelerator`), which misses about one hit in a hundred
+    proposers  is told who proposed the rows looked at: `gpu`, `accelerator`; nobody: all were
 
     Scores are exact in either case. Equal ones (exact duplicates have them) are ordered by
     position, and nothing depends on `block_rows` or on the number of threads.
@@ -58,9 +60,11 @@ def search(
     sign = np.float32(1 if largest else -1)
     signed = vectors * sign
     proposed = None
-    for source in () if exact else (gpu, accelerator):
+    for name, source in () if exact else (("gpu", gpu), ("accelerator", accelerator)):
         if proposed is None:
             proposed = source.candidates(index, signed, scale, top, wanted, metric)
+            if proposed is not None and proposers is not None:
+                proposers.add(name)
     if proposed is None:
         best, found = _streamed(index, signed, scale, wanted, top, block_rows)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +121,7 @@ class Index:
             )
         vectors = torch.cat([rows.mean(0, keepdim=True), rows])
         # The mean of all seeds, then each seed alone, in one pass over the rows.
+        proposers: set[str] = set()
         scores, found = ranking.search(
             vectors.double().cpu().numpy(),
             top,
@@ -128,6 +129,7 @@ class Index:
             metric=asking.metric,
             largest=not bottom,
             exact=exact,
+            proposers=proposers,
         )
         items, thumbnails = ranking.items(found[0])
         agreement = float(np.isin(found[1:], found[0]).mean()) if len(rows) > 1 else None
@@ -142,7 +144,7 @@ class Index:
             feature_space_id=self.stored.manifest.feature_space_id,
             searched=available,
             agreement=agreement,
-            warnings=_warnings(asking, self.recipe),
+            warnings=(*_warnings(asking, self.recipe), *_told(bottom, proposers)),
             hits=hits,
             pictures=tuple(pictures),
             thumbnails=thumbnails,
@@ -194,6 +196,19 @@ def _warnings(asking: Asking, recipe: Recipe) -> tuple[str, ...]:
             f"bottom may be exchanged; ask with a contrast, or ingest with {suited}",
         )
     return ()
+
+
+def _told(bottom: bool, proposers: set[str]) -> Iterator[str]:
+    if bottom:
+        yield (
+            "this is the other end of the ranking, lowest score first: the images that taught "
+            "against the concept"
+        )
+    if "accelerator" in proposers:
+        yield (
+            "short codes proposed the rows that were scored: about one hit in a hundred may be "
+            "missing; --exact looks at every row"
+        )
 
 
 def _question(concept: Concept, asking: Asking, where: str | None, top: int) -> dict[str, Any]:

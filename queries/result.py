@@ -19,12 +19,13 @@ class Hit:
 
     rank: int  # from 1
     item_id: str
-    score: float  # preconditioned inner product; comparable within one result only
+    score: float  # by the metric that was asked for; comparable within one result only
     item: Mapping[str, Any]  # every column of the item
 
     def as_dict(self) -> dict[str, Any]:
         """Rank, item id, score and every item column, as the JSON result has them."""
-        return {"rank": self.rank, "item_id": self.item_id, "score": self.score, **self.item}
+        own = {"rank": self.rank, "item_id": self.item_id, "score": self.score}
+        return own | dict(self.item) | own  # a column `score` of the corpus is not the hit's
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Result:
 
     question: Mapping[str, Any]  # prompt, contrast, image, where, top and every setting
     feature_space_id: str
-    searched: int  # rows that the search looked at
+    searched: int  # rows that could be ranked
     agreement: float | None  # mean share of the top hits that one seed alone finds too; 1 is stable
     warnings: tuple[str, ...]  # what a reader must know before relying on the ranking
     hits: tuple[Hit, ...]

@@ -139,9 +139,11 @@ def test_bottom_is_the_other_end_of_the_same_ranking(
         code, _, err = ask(
             headwater, index, model_folder, *words, *more, "--json", tmp_path / name
         )  # fmt: skip
-        assert (code, err) == (0, "")
+        assert code == 0
+        assert ("other end" in err) == (name == "bottom")
         results[name] = json.loads((tmp_path / name).read_text())
         assert results[name]["question"]["bottom"] == (name == "bottom")
+        assert any("other end" in text for text in results[name]["warnings"]) == (name == "bottom")
     ends = [[(hit["item_id"], hit["score"]) for hit in results[name]["hits"]] for name in results]
     assert ends[0] == ends[1][::-1]
     scores = [score for _, score in ends[0]]

@@ -83,10 +83,13 @@ def codes(folder: Path) -> dict[str, int]:
 )
 def test_finds_what_exact_search_finds(folder: Path, metric: Metric, largest: bool) -> None:
     index = StoredIndex.open(folder)
-    exact = search(index, asked(), 10, metric=metric, largest=largest, exact=True)
+    by: set[str] = set()
+    exact = search(index, asked(), 10, metric=metric, largest=largest, exact=True, proposers=by)
     assert not codes(folder)
-    found = search(index, asked(), 10, metric=metric, largest=largest)
+    assert not by
+    found = search(index, asked(), 10, metric=metric, largest=largest, proposers=by)
     assert len(codes(folder)) == 3
+    assert by == {"accelerator"}
     hits = 0
     for row in range(len(asked())):
         both, here, there = np.intersect1d(exact[1][row], found[1][row], return_indices=True)
