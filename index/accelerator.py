@@ -12,6 +12,11 @@ Codes stand in segments of whole shards, SEGMENT_ROWS rows or a little more, eac
 a hash of what it was made of: the shards' bytes, the rows' scales, the whitening, the version of
 this code. Appended shards make new segments beside the old ones; a deleted row is left out by a
 selector; a build that was cut short goes on where it ended.
+
+All codes are scanned: that cells in front of them (IVF) keep the hits of real rows is not shown
+(benchmarks/results/index-ivf.md: of the 10 best of 2,400, a quarter of the rows holds .89).
+A query reads 264 B of codes a row at about 10 GB/s and core, and one row in SHARE (4 KB) exactly:
+1e7 rows 0.26 core-seconds and 0.2 GB; 1e9, over shard-holding actors, 26 core-seconds and 20 GB.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from headwater.index import IndexWriter, Metric, StoredIndex, accelerator, merge, search
+from headwater.index.excerpt import Excerpt
 from headwater.index.manifest import Shard
 from headwater.index.metrics import prepare
 
@@ -77,6 +79,12 @@ def codes(folder: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in folder.rglob("*.codes")}
 
 
+def recall(exact: tuple[Any, Any], found: tuple[Any, Any]) -> float:
+    """The share of exact hits that were found."""
+    pairs = zip(exact[1], found[1], strict=True)
+    return float(np.mean([np.isin(one, other).mean() for one, other in pairs]))
+
+
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize(
     "metric", [METRIC, Metric("cosine", "both"), Metric("ip", "none"), Metric("cosine", "query")]
@@ -97,6 +105,65 @@ def test_finds_what_exact_search_finds(folder: Path, metric: Metric, largest: bo
         # What is found in both is scored alike, to the bit.
         np.testing.assert_array_equal(exact[0][row][here], found[0][row][there])
     assert hits >= 0.97 * found[1].size
+
+
+def test_deleted_rows_are_never_proposed(folder: Path) -> None:
+    index = StoredIndex.open(folder)
+    first = search(index, asked(), 10, metric=METRIC)
+    built = codes(folder)
+    deleted = np.unique(first[1])  # all that was found
+    with IndexWriter.open(folder) as writer:
+        writer.write_tombstones(deleted)
+        writer.finish(event="delete")
+    index = StoredIndex.open(folder)
+    vectors, scale = prepare(index, asked(), METRIC)
+    proposed = accelerator.candidates(
+        index, vectors.astype(np.float32), scale, 10, index.searchable(), METRIC
+    )
+    assert proposed is not None
+    assert not any(np.isin(positions, deleted).any() for positions in proposed)
+    exact = search(index, asked(), 10, metric=METRIC, exact=True)
+    assert recall(exact, search(index, asked(), 10, metric=METRIC)) >= 0.97
+    assert codes(folder) == built  # a deletion makes no code again
+
+
+def test_a_build_that_was_cut_short_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    real, done = accelerator._encode, []
+
+    def encode(*arguments: Any) -> Any:
+        if len(done) == 2:
+            raise Killed
+        done.append(arguments)
+        return real(*arguments)
+
+    index = StoredIndex.open(folder)
+    exact = search(index, asked(), 10, metric=METRIC, exact=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "_encode", encode)
+        with pytest.raises(Killed):
+            search(index, asked(), 10, metric=METRIC)
+    part = codes(folder)
+    assert len(part) == 2
+    found = search(StoredIndex.open(folder), asked(), 10, metric=METRIC)
+    assert recall(exact, found) >= 0.97
+    now = codes(folder)
+    assert len(now) == 3
+    assert {name: now[name] for name in part} == part
+
+
+def test_excerpts_keep_their_codes_apart(folder: Path) -> None:
+    manifest = StoredIndex.open(folder).manifest
+    search(StoredIndex.open(folder), asked(), 10, metric=METRIC)
+    for start, stop in ((0, 6), (6, 12), (0, 12)):
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.codes")}
+        excerpt = Excerpt(folder, manifest, start, stop)
+        exact = search(excerpt, asked(), 10, metric=METRIC, exact=True)
+        assert recall(exact, search(excerpt, asked(), 10, metric=METRIC)) >= 0.97
+        after = {p: p.stat().st_mtime_ns for p in folder.rglob("*.codes")}
+        assert before.items() < after.items()
 
 
 def test_whitening_keeps_inner_products_and_shortens_rows(folder: Path) -> None:
