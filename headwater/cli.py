@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from . import commands_index
-from .bar import amount, duration, ingest_bar
+from .bar import ingest_bar
+from .commands_bench import bench
 from .commands_change import compact, delete
+from .commands_index import inspect, sql, verify
 from .interrupts import unfinished_told
+from .printing import err, out, print_estimate, print_result, print_summary, spinner
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,13 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which training images taught a text-to-image diffusion model a concept.",
 )
-bench = typer.Typer(no_args_is_help=True, help="Measurements that can be replayed.")
 app.add_typer(bench, name="bench")
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-commands_index.register(app)
-
-OUTLIERS_SHOWN = 5
+app.command()(sql)
+app.command()(verify)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.", show_default=False)]
 ModelPath = Annotated[
@@ -155,7 +148,7 @@ def ingest(
     same command is given again.
     """
     from headwater import ColumnNames, Model, RayCluster, Recipe, build_index, estimate
-    from headwater.index import connected
+    from headwater.index import JOB_FILE, MANIFEST_FILE, connected
     from headwater.ingest import devices_named, kind_of
 
     if index is None and not dry_run:
@@ -209,6 +202,8 @@ def ingest(
         with spinner("timing a few batches", quiet):
             expected = estimate(source, loaded, **job)
         print_estimate(expected)
+        if index is not None and any((index / name).exists() for name in (MANIFEST_FILE, JOB_FILE)):
+            out.print(escape(f"as for a new index: what {index} holds already was not taken off"))
         return
     with unfinished_told(err, index), ingest_bar(err, quiet) as progress:
         summary = build_index(
@@ -308,51 +303,7 @@ def query(
         write_report(html_file, [Section("Ranking", result)], title=title)
 
 
-@app.command()
-def inspect(index: Folder) -> None:
-    """Print what an index holds: counts, columns, recipe, feature space, quarantine."""
-    import pyarrow as pa
-
-    from headwater.index import (
-        Catalog,
-        StoredIndex,
-        duplicate_counts,
-        duplicate_groups,
-        norm_outliers,
-    )
-
-    stored = StoredIndex.open(index)
-    manifest, items = stored.manifest, stored.items().take(stored.live_positions)
-    summary = Catalog(stored).summary()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("items", f"{summary.rows:,}")
-    table.add_row("searchable", f"{summary.ok:,}")
-    table.add_row("quarantined", f"{summary.quarantined:,}")
-    for reason, count in summary.reasons.items():
-        table.add_row("", escape(f"{count:,} x {reason}"))
-    found = stored.items().take(pa.array(stored.ok_positions))
-    counts = duplicate_counts(duplicate_groups(found))
-    table.add_row("duplicates", f"{counts.exact:,} of a file, {counts.near:,} near by its looks")
-    if "opt_out" in found.column_names:  # indexes made before had no such column
-        refused = len(found) - found["opt_out"].null_count
-        table.add_row("opted out", f"{refused:,} by the column opt_out, searchable")
-    outliers = norm_outliers(items)
-    if manifest.deleted:
-        table.add_row("deleted", f"{manifest.deleted:,}, on the disk until `compact`")
-    table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
-    for line in outlier_lines(outliers):
-        table.add_row("", escape(line))
-    table.add_row("row", f"{manifest.dim:,} x float16")
-    table.add_row("shards", f"{len(manifest.shards):,}")
-    table.add_row("feature space", manifest.feature_space_id)
-    for name, value in manifest.recipe["recipe"].items():
-        table.add_row("  " + name, escape(str(value)))
-    for name, value in manifest.recipe["model"].items():
-        table.add_row("  " + name, value[:16])
-    table.add_row("columns", "")
-    for name, kind in summary.columns.items():
-        table.add_row("  " + escape(name), escape(kind))
-    out.print(table)
+app.command()(inspect)
 
 
 @app.command()
@@ -370,143 +321,3 @@ def demo(
         out.print(f"\n[bold]{escape(section.title)}[/]")
         print_result(section.result)
     out.print(escape(f"\nreport: {report.html}\nresult: {report.json}"))
-
-
-@bench.command()
-def speed(
-    models: Annotated[
-        str, typer.Option(help="Which, separated by commas.")
-    ] = "sd-1.4,sdxl,sd3-medium,flux",
-    target: Annotated[
-        Path | None, typer.Option("--out", help="Write this path with .md and with .jsonl added.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "cuda",
-) -> None:
-    """Time the engine on random models of real size, against the published loop."""
-    import torch
-
-    from headwater import DeviceError
-    from headwater.attribution import quiet_libraries
-
-    with quiet_libraries():  # while they are imported
-        from headwater.benchmarks.speed import run
-    if device != "cpu" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"--device {device}: there is no CUDA device here, and models of real size need one; "
-            "give --device cpu to wait for the processor"
-        )
-    names = tuple(name.strip() for name in models.split(","))
-    run(target, names, device, partial(print, flush=True))
-
-
-@bench.command("sql")
-def bench_sql(
-    items: Annotated[int, typer.Option(min=1, help="Of the index that is made.")] = 1_000_000,
-    folder: Annotated[
-        Path | None, typer.Option("--in", help="Keep the index here.", show_default=False)
-    ] = None,
-) -> None:
-    """Time filters over the items of a large index and joins with the hits of a result."""
-    from headwater.benchmarks.sql_bench import run
-
-    run(items, folder, partial(print, flush=True))
-
-
-@bench.command("index")
-def bench_index(
-    features: Annotated[
-        Path, typer.Option(help="Real rows: an index, or a .npy file.", show_default=False)
-    ],
-    rows: Annotated[int, typer.Option(help="How many to generate.", min=1000)] = 100_000,
-    target: Annotated[
-        Path | None, typer.Option("--out", help="Write this path with .md and with .jsonl added.")
-    ] = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where the generated index lies meanwhile.")
-    ] = None,
-) -> None:
-    """Measure search on generated rows with the norms, spectrum and neighbours of real ones."""
-    from headwater.benchmarks.index_bench import run
-
-    run(features, rows, target, folder, partial(print, flush=True))
-
-
-@contextmanager
-def spinner(label: str, quiet: bool) -> Iterator[None]:
-    """A sign of life for work without a count."""
-    if quiet:
-        yield
-        return
-    with err.status(label):
-        yield
-
-
-def print_summary(summary: Any) -> None:
-    """How many items went where, and which stand out."""
-    lost = sum(summary.quarantined.values())
-    out.print(escape(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
-    if summary.unchanged or summary.replaced:
-        out.print(f"{summary.unchanged:,} items unchanged, {len(summary.replaced):,} replaced")
-    print_reasons(summary.quarantined)
-    if summary.outliers:
-        count = len(summary.outliers)
-        out.print(f"{count:,} rows with an unusual gradient norm, kept and searchable:")
-        for line in outlier_lines(summary.outliers):
-            out.print(escape(f"  {line}"))
-
-
-def print_reasons(quarantined: dict[str, int]) -> None:
-    """Why items went into quarantine."""
-    for reason, count in quarantined.items():
-        out.print(escape(f"  {count:,} x {reason}"))
-
-
-def outlier_lines(outliers: Sequence[Any]) -> Iterator[str]:
-    """One line for each of the items that stand out most."""
-    for outlier in outliers[:OUTLIERS_SHOWN]:
-        yield f"{outlier.item_id}: norm {outlier.gradient_norm:.3g}, z {outlier.z:+.1f}"
-
-
-def print_estimate(expected: Any) -> None:
-    """What the ingest would take."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("items", f"{expected.items:,}")
-    table.add_row("rate", f"{expected.images_per_second:.1f} img/s")
-    table.add_row("time", f"{duration(expected.seconds)}, then the curvature")
-    table.add_row("memory", f"{amount(expected.peak_memory)} on each device")
-    table.add_row("disk", amount(expected.disk_bytes))
-    table.add_row("batch size", str(expected.batch_size))
-    table.add_row(
-        "quarantined", f"{sum(expected.quarantined.values()):,} of {expected.sampled:,} sampled"
-    )
-    out.print(table)
-    print_reasons(expected.quarantined)
-    out.print("nothing was written")
-
-
-def print_result(result: Any) -> None:
-    """The ranking and its roll-up."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("rank", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("item", "caption", "rights holder", "licence"):
-        table.add_column(name, overflow="fold")
-    for hit in result.hits:
-        words = [hit.item_id, *(hit.item[c] for c in ("caption", "rights_holder", "licence"))]
-        table.add_row(
-            str(hit.rank), f"{hit.score:.4g}", *(escape(str(w)) if w else "" for w in words)
-        )
-    out.print(table)
-    for group in result.rollup("rights_holder", "licence"):
-        holder, licence = (
-            group["rights_holder"] or "rights holder not stated",
-            group["licence"] or "licence not stated",
-        )
-        out.print(escape(f"{group['share']:4.0%}  {holder}, {licence}"))
-    for warning in result.warnings:
-        err.print(f"[bold yellow]warning:[/] {escape(warning)}")
-    if result.agreement is not None:
-        out.print(
-            f"{result.searched:,} images searched; one seed alone finds "
-            f"{result.agreement:.0%} of these hits"
-        )

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from .printing import out
+
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.", show_default=False)]
-_out = Console(soft_wrap=True, highlight=False)
 
 
 def delete(
@@ -32,11 +32,11 @@ def delete(
         text = ids.read_text(encoding="utf-8-sig")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
     done = delete_items(index, where=where, ids=lines)
-    _out.print(
+    out.print(
         escape(f"{len(done.deleted):,} items deleted from {index}, {done.remaining:,} remain")
     )
     if done.deleted:
-        _out.print(escape(f"their rows and previews stay on the disk until: compact {index}"))
+        out.print(escape(f"their rows and previews stay on the disk until: compact {index}"))
 
 
 def compact(index: Folder) -> None:
@@ -44,7 +44,7 @@ def compact(index: Folder) -> None:
     from headwater import compact as compact_index
 
     done = compact_index(index)
-    _out.print(
+    out.print(
         escape(
             f"{done.removed:,} deleted items taken from the disk ({done.parts:,} parts), "
             f"{done.remaining:,} remain in {index}"

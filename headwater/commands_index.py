@@ -1,4 +1,4 @@
-"""Commands that read an index without a model: sql, verify."""
+"""Commands that read an index without a model: sql, verify, inspect."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from .bar import amount
+from .printing import duplicates_line, err, out, outlier_lines
 
 if TYPE_CHECKING:  # Arrow and DuckDB take a while to import
     import pyarrow as pa
@@ -27,16 +27,7 @@ TERMINAL_ROWS = 50
 CELL_CHARACTERS = 200
 LEFTOVERS_SHOWN = 5
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.", show_default=False)]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module to `app`."""
-    app.command()(sql)
-    app.command()(verify)
 
 
 def sql(
@@ -68,7 +59,8 @@ def sql(
     """Ask the items of an index in DuckDB's SQL; nothing is changed, nothing else can be read.
 
     The view items has position and every item column, without deleted items and with quarantined
-    ones (status); with --hits, the view hits has rank, item_id and score of a result.
+    ones (status); duplicates tells of items that repeat an earlier one which that is; with --hits,
+    the view hits has rank, item_id and score of a result.
     """
     from headwater.index import sql as run
     from headwater.index import write_csv, write_json_rows, write_parquet
@@ -130,6 +122,47 @@ def verify(
         _print_verification(found)
     if not found.whole:
         raise typer.Exit(1)
+
+
+def inspect(index: Folder) -> None:
+    """Print what an index holds: counts, columns, recipe, feature space, quarantine."""
+    import pyarrow as pa
+
+    from headwater.index import Catalog, StoredIndex, duplicate_counts, norm_outliers
+
+    stored = StoredIndex.open(index)
+    manifest, items = stored.manifest, stored.items().take(stored.live_positions)
+    summary = Catalog(stored).summary()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("items", f"{summary.rows:,}")
+    table.add_row("searchable", f"{summary.ok:,}")
+    table.add_row("quarantined", f"{summary.quarantined:,}")
+    for reason, count in summary.reasons.items():
+        table.add_row("", escape(f"{count:,} x {reason}"))
+    found = stored.items().take(pa.array(stored.ok_positions))
+    repeats = stored.duplicates()
+    told = "not looked for" if repeats is None else duplicates_line(duplicate_counts(repeats))
+    table.add_row("duplicates", told)
+    if "opt_out" in found.column_names:  # indexes made before had no such column
+        refused = len(found) - found["opt_out"].null_count
+        table.add_row("opted out", f"{refused:,} by the column opt_out, searchable")
+    outliers = norm_outliers(items)
+    if manifest.deleted:
+        table.add_row("deleted", f"{manifest.deleted:,}, on the disk until `compact`")
+    table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
+    for line in outlier_lines(outliers):
+        table.add_row("", escape(line))
+    table.add_row("row", f"{manifest.dim:,} x float16")
+    table.add_row("shards", f"{len(manifest.shards):,}")
+    table.add_row("feature space", manifest.feature_space_id)
+    for name, value in manifest.recipe["recipe"].items():
+        table.add_row("  " + name, escape(str(value)))
+    for name, value in manifest.recipe["model"].items():
+        table.add_row("  " + name, value[:16])
+    table.add_row("columns", "")
+    for name, kind in summary.columns.items():
+        table.add_row("  " + escape(name), escape(kind))
+    out.print(table)
 
 
 def _to_standard_output(rows: pa.Table, write: Callable[[pa.Table, Path], None]) -> None:

@@ -1,7 +1,7 @@
 """Rows on disk and how to search them: numpy, pyarrow, duckdb and faiss; no torch.
 
 manifest   what an index holds and with which recipe it was made (`manifest.json`)
-writer     changes to an index: parts, tombstones, curvature; one commit makes them count
+writer     changes to an index: new files beside the old ones, one commit makes them count
 parts      one part on disk: items, features and previews of the same rows
 reader     an index as it was last committed: items, streamed rows, curvature, previews
 catalog    `--where` expressions over item columns
@@ -35,6 +35,7 @@ from .cluster import connected
 from .duplicates import DuplicateCounts, duplicate_counts, duplicate_groups
 from .errors import ClusterError, IndexStoreError
 from .export import plain_json, write_csv, write_json_rows, write_parquet
+from .manifest import FILE_NAME as MANIFEST_FILE
 from .manifest import (
     JOB_FILE,
     Manifest,
@@ -55,6 +56,7 @@ from .writer import IndexWriter
 
 __all__ = [
     "JOB_FILE",
+    "MANIFEST_FILE",
     "Catalog",
     "ClusterError",
     "Damage",

@@ -20,7 +20,9 @@ FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 2
 JOB_FILE = "job/job.json"  # of an ingest that runs or was cut short
 _SHARD_NAME = re.compile(r"part-(\d{5,})")
-_OTHER_FILE = re.compile(r"curvature/(\d{5,}/)?[A-Za-z0-9_]+\.npy|tombstones/\d{5,}\.npy")
+_OTHER_FILE = re.compile(
+    r"curvature/(\d{5,}/)?[A-Za-z0-9_]+\.npy|tombstones/\d{5,}\.npy|duplicates/\d{5,}\.parquet"
+)
 
 
 class NewerSchemaError(IndexStoreError):
@@ -49,7 +51,7 @@ class Manifest:
     feature_space_id: str  # two indexes can be searched with one query only if this agrees
     recipe: Mapping[str, Any]  # everything the id is a hash of, so that a difference can be named
     dim: int
-    generation: int = 0  # how often the index was changed; names curvature and tombstones
+    generation: int = 0  # how often the index was changed; names curvature, tombstones, duplicates
     next_part: int = 0  # part numbers are never used again
     rows: int = 0  # deleted ones included, until `compact`
     quarantined: int = 0
@@ -162,7 +164,8 @@ def _check(path: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         if not _OTHER_FILE.fullmatch(name):
             raise IndexStoreError(
-                f"{path} lists {name!r}, no file of curvature/ or tombstones/; ingest again"
+                f"{path} lists {name!r}, no file of curvature/, tombstones/ or duplicates/; "
+                "ingest again"
             )
     for name in ("rows", "quarantined"):
         stated = getattr(manifest, name)

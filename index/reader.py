@@ -184,6 +184,21 @@ class StoredIndex:
             if name.startswith("curvature/")
         }
 
+    def duplicates(self) -> pa.Table | None:
+        """Return the items that repeat an earlier one, by position; None: not looked for.
+
+        Columns `item_id`, `duplicate_of`, `near_duplicate_of`, `near_distance`, as of
+        `duplicate_groups` over the searchable items.
+        """
+        path = self.duplicates_path
+        return None if path is None else self._read_table(path)
+
+    @property
+    def duplicates_path(self) -> Path | None:
+        """The Parquet file of `duplicates`; None in an index that was not looked through."""
+        names = [name for name in self.manifest.files if name.startswith("duplicates/")]
+        return self.folder / names[0] if names else None
+
     def thumbnails(self, item_ids: Sequence[str]) -> dict[str, bytes]:
         """Return the previews (WebP bytes) of these items; items without one are left out."""
         found: dict[str, bytes] = {}

@@ -1,10 +1,10 @@
 """`headwater sql`: one query over the items of an index and the hits of a result, read-only.
 
-The text may come from strangers. Two walls let it read the views `items` and `hits` and do nothing
-else. The parsed text is walked before it runs: one query, of query nodes only (DuckDB takes COPY
-and INSERT as the body of a WITH), from the two views and what the text itself defines, through no
-table function that reaches further. And it runs as a subquery, in which DuckDB binds no statement
-that writes, on a connection that can read the index's own items parts alone.
+The text may come from strangers. Two walls let it read the views `items`, `duplicates` and `hits`
+and do nothing else. The parsed text is walked before it runs: one query, of query nodes only
+(DuckDB takes COPY and INSERT as the body of a WITH), from these views and what the text itself
+defines, through no table function that reaches further. And it runs as a subquery, in which DuckDB
+binds no statement that writes, on a connection that can read the index's own items parts alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def sql(
 
     index  an index, or its folder
     query  reads the view `items`: `position`, then every item column, without deleted rows and
-           with quarantined ones (`status`); and the view `hits`, if there is one
+           with quarantined ones (`status`); the view `duplicates`: `item_id`, `duplicate_of`,
+           `near_duplicate_of` and `near_distance` of the items that repeat an earlier one, if the
+           index was looked through; and the view `hits`, if there is one
     hits   a result as `headwater query --json` writes it: `rank`, `item_id`, `score` and whatever
            else it says about a hit that is no column of the item
     limit  at most so many rows
@@ -73,16 +75,18 @@ def sql(
         raise IndexStoreError(f"limit is {limit}; give the number of rows wanted, from 0 on")
     columns = index.item_schema.names
     views = {"items": [position_name(columns), *columns]}
-    table = None
+    tables = {}
+    if (repeats := index.duplicates()) is not None:
+        tables["duplicates"] = repeats
     if hits is not None:
-        table = _hits(Path(hits), columns)
-        views["hits"] = table.column_names
+        tables["hits"] = _hits(Path(hits), columns)
+    views |= {name: table.column_names for name, table in tables.items()}
     text = query.strip().rstrip(";")
     try:
         _check(text, frozenset(views))
         with connect_items(index, deleted=False) as connection:
-            if table is not None:
-                connection.register("hits", table)
+            for name, table in tables.items():
+                connection.register(name, table)
             lock(connection)
             # The newline ends a comment in the text, which would swallow the bracket.
             bounded = f"SELECT * FROM ({text}\n)" + (f" LIMIT {limit}" if limit is not None else "")
@@ -100,6 +104,8 @@ def sql(
 def _refused(query: str, reason: str, views: dict[str, list[str]]) -> IndexStoreError:
     if "hits" not in views and re.search(r"\bhits\b", reason):
         reason += " (give a result: --hits RESULT.json)"
+    if "duplicates" not in views and re.search(r"\bduplicates\b", reason):
+        reason += " (this index was not looked through for them; the next ingest that adds does)"
     columns = "; ".join(f"columns of {name}: {', '.join(names)}" for name, names in views.items())
     return IndexStoreError(f"sql {' '.join(query.split())!r}: {reason}; {columns}")
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from . import ledger
+from . import duplicates, ledger
 from .duck import connect_items, position_name
 from .errors import IndexStoreError
 from .files import sha256_of
@@ -79,8 +79,9 @@ def verify(
     """Read every file that the index in `folder` lists, and check it; change nothing.
 
     Hashes; rows, shapes and types against the manifest; rows of length 1 where an item is ok and 0
-    where it is quarantined; unique item ids; tombstones; the chain of the ledger and the manifest
-    that its last commit names. Caches in faiss/ are not looked at: they can be made again.
+    where it is quarantined; unique item ids; tombstones; duplicates against the items they name;
+    the chain of the ledger and the manifest that its last commit names. Caches in faiss/ are not
+    looked at: they can be made again.
 
     progress  called with (bytes checked, bytes in all) after each part
 
@@ -110,7 +111,7 @@ def _verify(folder: Path, progress: Callable[[int, int], None]) -> Verification:
 
     def task(part: Shard | str) -> tuple[list[Damage], int, int]:
         if isinstance(part, str):
-            return _check_array(folder, manifest, part)
+            return _check_other(folder, manifest, part)
         return _check_part(folder, manifest, part)
 
     # Hashing lets go of the interpreter's lock: a thread for each processor.
@@ -122,6 +123,7 @@ def _verify(folder: Path, progress: Callable[[int, int], None]) -> Verification:
             progress(read, total)
     if manifest.shards and not any(_matters_to_ids(damage.file) for damage in damaged):
         damaged += _check_unique(StoredIndex(folder, manifest))
+        damaged += _check_duplicates(StoredIndex(folder, manifest), damaged)
     return _told(folder, manifest, damaged, files, read)
 
 
@@ -221,10 +223,10 @@ def _check_part(folder: Path, manifest: Manifest, shard: Shard) -> tuple[list[Da
     return damaged, len(shard.files), read
 
 
-def _check_array(folder: Path, manifest: Manifest, name: str) -> tuple[list[Damage], int, int]:
-    """Check a file of no part, an array: (damages, files read, bytes read)."""
+def _check_other(folder: Path, manifest: Manifest, name: str) -> tuple[list[Damage], int, int]:
+    """Check a file of no part: (damages, files read, bytes read)."""
     size, problem = _check_bytes(folder, name, manifest.files[name])
-    if not problem:
+    if not problem and name.endswith(".npy"):
         rows = (manifest.rows, manifest.deleted) if name.startswith("tombstones/") else None
         _, problem = _guarded(_check_numbers, folder / name, rows)
     return ([Damage(name, problem)] if problem else []), 1, size
@@ -354,6 +356,17 @@ def _check_unique(index: StoredIndex) -> list[Damage]:
             reason = f"item_id {item_id!r} occurs twice, at positions {first} and {second}"
             return [Damage(part_files(shard.name)[1], reason)]
     raise AssertionError("a position beyond the last part")
+
+
+def _check_duplicates(index: StoredIndex, damaged: list[Damage]) -> list[Damage]:
+    """Check the file of duplicates against the items that it names."""
+    path = index.duplicates_path
+    name = "" if path is None else path.relative_to(index.folder).as_posix()
+    if not name or any(damage.file == name for damage in damaged):
+        return []
+    found, unreadable = _guarded(duplicates.problem_of, index)
+    problem = found or unreadable
+    return [Damage(name, problem)] if problem else []
 
 
 def _leftovers(folder: Path, manifest: Manifest) -> Iterator[str]:

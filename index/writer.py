@@ -1,4 +1,4 @@
-"""Changes to an index: parts, tombstones and curvature written beside, one commit makes them count.
+"""Changes to an index: new files are written beside the old ones, one commit makes them count.
 
 A crash at any instant leaves the state before or after a commit. What a killed writer left behind
 is finished or removed by the next one, under the lock.
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import ledger
+from .duplicates import find_duplicates
 from .errors import IndexStoreError
 from .files import write_atomically
 from .lock import FILE_NAME as LOCK_FILE
@@ -39,7 +40,8 @@ from .manifest import (
     read_manifest,
     write_manifest,
 )
-from .parts import encode_items, merged_schema, write_part
+from .parts import encode_items, merged_schema, save_table, write_part
+from .reader import StoredIndex
 from .rows import Float32, decode_rows
 
 # The ledger's line of a commit, kept until it stands there: a crash cannot lose it.
@@ -241,6 +243,15 @@ class IndexWriter:
             )
         self._manifest = replace(self._manifest, files=files)
 
+    def write_duplicates(self) -> None:
+        """Look for duplicates among all items as they would be committed now, and write them."""
+        files = _without(self._manifest.files, "duplicates")
+        found = find_duplicates(StoredIndex(self.folder, self._manifest))
+        if found is not None:
+            path = f"duplicates/{self._next_generation()}.parquet"
+            files[path] = write_atomically(self.folder / path, partial(save_table, found))
+        self._manifest = replace(self._manifest, files=files)
+
     def finish(self, details: Mapping[str, Any] | None = None, *, event: str = "ingest") -> None:
         """Commit: from now on the index is what was written. Lets go of the lock.
 
@@ -350,7 +361,7 @@ def _remove_unlisted(folder: Path, manifest: Manifest | None) -> None:
     listed = set(manifest.all_files()) if manifest is not None else set()
     job_is_open = _job_is_open(folder, manifest)
     next_part = manifest.next_part if manifest is not None else 0
-    for top in ("curvature", "tombstones", *_PART_FOLDERS):
+    for top in ("curvature", "tombstones", "duplicates", *_PART_FOLDERS):
         for path in sorted((folder / top).rglob("*"), reverse=True):  # files before their folder
             if path.is_dir():
                 with suppress(OSError):  # not empty

@@ -18,7 +18,7 @@ journal    the work of an ingest, kept batch by batch
 held       what an index already holds of a source
 ranges     ranges computed and kept: all here, or some by each worker of a cluster
 ray_engine workers on the machines of a Ray cluster
-seal       the end of an ingest: unique ids, replaced rows, one commit
+seal       the end of an ingest: unique ids, replaced rows, duplicates, one commit
 spectrum   the curvature of an index after a change of its rows
 job        the ingest itself: source + model -> index
 maintenance  items deleted, and deleted rows taken from the disk

@@ -22,7 +22,7 @@ from headwater.attribution import (
     feature_space,
     feature_space_id,
 )
-from headwater.index import IndexStoreError, IndexWriter, Outlier, StoredIndex
+from headwater.index import DuplicateCounts, IndexStoreError, IndexWriter, Outlier, StoredIndex
 
 from .columns import ColumnNames
 from .devices import kind_of, open_devices
@@ -53,6 +53,7 @@ class IngestSummary:
     outliers: tuple[Outlier, ...]  # unusual gradient norms, furthest first; they stay searchable
     unchanged: int = 0  # records that the index held as they are
     replaced: tuple[str, ...] = ()  # ids that now stand for other bytes, captions or columns
+    duplicates: DuplicateCounts | None = None  # in the whole index; None: not looked for
 
 
 def build_index(
@@ -174,6 +175,7 @@ def build_index(
             outliers=sealed.outliers,
             unchanged=sealed.unchanged,
             replaced=sealed.replaced,
+            duplicates=sealed.duplicates,
         )
 
 

@@ -56,7 +56,7 @@ def delete(
 
     Their rows, captions and previews stay on the disk until `compact`. The Gram matrix is reduced
     by the deleted rows in double precision and decomposed again, so that scores and the unit of
-    damping are those of an index that never held them.
+    damping are those of an index that never held them. Duplicates are looked for anew.
 
     Args:
         index: its folder.
@@ -83,6 +83,7 @@ def delete(
             after = StoredIndex(writer.folder, writer.manifest)
             if len(after.ok_positions) < len(before.ok_positions):
                 writer.write_curvature(curvature_arrays(after, before))
+                writer.write_duplicates()
             writer.finish({"where": where, "deleted": list(deleted)}, event="delete")
     return Deletion(Path(index), deleted, remaining)
 
@@ -90,7 +91,7 @@ def delete(
 def compact(index: str | Path) -> Compaction:
     """Take deleted rows from the disk: parts that hold some are written anew, the rest stays.
 
-    The order of the remaining items stays, and with it every answer.
+    The order of the remaining items stays, and with it every answer and what is a duplicate.
 
     Raises:
         IndexStoreError: no index, another process is writing, or an ingest into it is unfinished.

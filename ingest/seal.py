@@ -1,4 +1,4 @@
-"""The end of an ingest: ids made unique, replaced rows deleted, curvature, one commit."""
+"""The end of an ingest: unique ids, replaced rows deleted, curvature, duplicates, one commit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headwater.index import (
+    DuplicateCounts,
     IndexWriter,
     Outlier,
     Shard,
     StoredIndex,
+    duplicate_counts,
     norm_outliers,
     part_files,
     save_table,
@@ -39,6 +41,7 @@ class Sealed:
     replaced: tuple[str, ...]  # ids whose older row is deleted
     unchanged: int  # records that were left as they are
     outliers: tuple[Outlier, ...]  # of the index, by gradient norm
+    duplicates: DuplicateCounts | None  # of the index; None: not looked for
 
 
 def seal(
@@ -83,12 +86,21 @@ def seal(
             gone = np.array(sorted(replaced.values()), np.int64)
             writer.write_tombstones(np.union1d(before.deleted_positions, gone))
         writer.write_curvature(curvature_arrays(StoredIndex(folder, writer.manifest), before))
+        writer.write_duplicates()
         writer.finish(told)
     else:
         writer.note("ingest", told)
         writer.discard_job()
-    outliers = _outliers(StoredIndex(folder, writer.manifest))
-    return Sealed(written, reasons, tuple(replaced), unchanged, outliers)
+    after = StoredIndex(folder, writer.manifest)
+    found = after.duplicates()
+    return Sealed(
+        written,
+        reasons,
+        tuple(replaced),
+        unchanged,
+        _outliers(after),
+        None if found is None else duplicate_counts(found),
+    )
 
 
 def _final_ids(records: list[RangeRecord], held: Held) -> tuple[list[list[str]], dict[str, int]]:

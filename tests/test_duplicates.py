@@ -72,8 +72,7 @@ def hashed_items(seed: int, count: int) -> pa.Table:
 
 
 @pytest.mark.parametrize("radius", range(9))
-def test_groups_are_those_of_the_plain_loop(radius: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwater.index.duplicates._QUERIES_AT_ONCE", 37)
+def test_groups_are_those_of_the_plain_loop(radius: int) -> None:
     items = hashed_items(radius, 400)
     found = duplicate_groups(items, radius)
     expected = slowly(items, radius)

@@ -274,6 +274,7 @@ def change(folder: Path) -> None:
         writer.add_shard(make_items(["new"]), make_rows(1, seed=5), make_thumbs(["new"]))
         writer.write_tombstones(np.array([0, 2]))
         writer.write_curvature({"gram": np.full((2, 2), 7.0)})
+        writer.write_duplicates()
         writer.finish({"why": "a test"}, event="change")
 
 

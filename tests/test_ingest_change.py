@@ -324,7 +324,7 @@ def test_everything_can_be_deleted_and_something_added_again(tmp_path: Path, mod
     assert len(StoredIndex.open(tmp_path / "idx").ok_positions) == 0
     compact(tmp_path / "idx")
     left = set(without_ledger(tmp_path / "idx"))
-    assert left == {"lock", "manifest.json"}
+    assert left == {"lock", "manifest.json", "duplicates/00002.parquet"}
     run(source, model, tmp_path / "idx")
     assert answers(tmp_path / "idx") == before
     assert StoredIndex.open(tmp_path / "idx").manifest.shards[0].name == "part-00002"

@@ -100,6 +100,20 @@ def test_dry_run_prints_and_writes_nothing(
     assert "0:00:0" in told["time"]
 
 
+def test_dry_run_says_that_it_ignores_what_the_index_holds(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path
+) -> None:
+    words = ("ingest", corpus, "--model", model_folder, "--out", tmp_path / "i", *SMALL)
+    said = f"as for a new index: what {tmp_path / 'i'} holds already was not taken off"
+    assert said not in headwater(*words, "--dry-run")[1]
+    assert headwater(*words, "--limit", 4)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, out, err = headwater(*words, "--dry-run")
+    assert (code, err) == (0, "")
+    assert said in out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_dry_run_refuses_what_the_ingest_would(
     headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from conftest import Command
 
-from headwater import cli
+from headwater import commands_bench
 from headwater.attribution import Recipe
 from headwater.benchmarks import sizes, speed
 
@@ -78,5 +78,5 @@ def test_what_cannot_be_measured_is_said_at_once(
 
 
 def test_unnamed_every_model_is_measured() -> None:
-    default = signature(cli.speed).parameters["models"].default
+    default = signature(commands_bench.speed).parameters["models"].default
     assert default.split(",") == list(sizes.PIPELINES)
