@@ -100,7 +100,7 @@ def test_a_filter_on_a_column_that_only_some_shards_have(index: StoredIndex) -> 
     assert counts[0] == 1  # item-2: item-0 and item-4 are deleted
     assert counts[2] == 0  # its one row is deleted
     answers = [holder.best(part, schema, where, query, 50, {}) for part in parts]
-    found = np.sort(np.concatenate([positions[0] for _, positions in answers]))
+    found = np.sort(np.concatenate([positions[0] for _, positions, _ in answers]))
     np.testing.assert_array_equal(found, expected)
     rows, previews = holder.items(parts[1], schema, np.array([9, 6]))
     assert rows == index.items().take(pa.array([9, 6])).to_pylist()
