@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 
 from .bar import ingest_bar
 from .commands_bench import bench
 from .commands_change import compact, delete
 from .commands_index import inspect, sql, verify
 from .interrupts import unfinished_told
-from .printing import err, out, print_estimate, print_result, print_summary, spinner
+from .printing import err, out, print_estimate, print_result, print_summary, printable, spinner
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,11 +70,11 @@ def main() -> None:
         QueryError,
         SourceError,
     ) as error:
-        err.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}")
+        err.print(f"[bold red]error:[/] {printable(' '.join(str(error).split()))}")
         sys.exit(2)
     except OSError as error:
         # A full disk, a missing permission: the system's own words name the file.
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        err.print(f"[bold red]error:[/] {printable(error)}")
         sys.exit(2)
 
 
@@ -203,7 +202,9 @@ def ingest(
             expected = estimate(source, loaded, **job)
         print_estimate(expected)
         if index is not None and any((index / name).exists() for name in (MANIFEST_FILE, JOB_FILE)):
-            out.print(escape(f"as for a new index: what {index} holds already was not taken off"))
+            out.print(
+                printable(f"as for a new index: what {index} holds already was not taken off")
+            )
         return
     with unfinished_told(err, index), ingest_bar(err, quiet) as progress:
         summary = build_index(
@@ -299,7 +300,8 @@ def query(
     if json_file is not None:
         result.save_json(json_file)
     if html_file is not None:
-        title = f"What taught “{prompt}”?" if prompt else "Which training images?"
+        taught = "What taught against" if bottom else "What taught"
+        title = f"{taught} “{prompt}”?" if prompt else "Which training images?"
         write_report(html_file, [Section("Ranking", result)], title=title)
 
 
@@ -318,6 +320,6 @@ def demo(
         report = run_demo(folder, progress=progress)
     print_summary(report.summary)
     for section in report.sections:
-        out.print(f"\n[bold]{escape(section.title)}[/]")
+        out.print(f"\n[bold]{printable(section.title)}[/]")
         print_result(section.result)
-    out.print(escape(f"\nreport: {report.html}\nresult: {report.json}"))
+    out.print(printable(f"\nreport: {report.html}\nresult: {report.json}"))

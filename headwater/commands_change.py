@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from .printing import out
+from .printing import out, printable
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.", show_default=False)]
 
@@ -33,10 +32,10 @@ def delete(
         lines = [line.strip() for line in text.splitlines() if line.strip()]
     done = delete_items(index, where=where, ids=lines)
     out.print(
-        escape(f"{len(done.deleted):,} items deleted from {index}, {done.remaining:,} remain")
+        printable(f"{len(done.deleted):,} items deleted from {index}, {done.remaining:,} remain")
     )
     if done.deleted:
-        out.print(escape(f"their rows and previews stay on the disk until: compact {index}"))
+        out.print(printable(f"their rows and previews stay on the disk until: compact {index}"))
 
 
 def compact(index: Folder) -> None:
@@ -45,7 +44,7 @@ def compact(index: Folder) -> None:
 
     done = compact_index(index)
     out.print(
-        escape(
+        printable(
             f"{done.removed:,} deleted items taken from the disk ({done.parts:,} parts), "
             f"{done.remaining:,} remain in {index}"
         )

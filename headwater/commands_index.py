@@ -6,17 +6,16 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from .bar import amount
-from .printing import duplicates_line, err, out, outlier_lines
+from .printing import duplicates_line, err, out, outlier_lines, printable
 
 if TYPE_CHECKING:  # Arrow and DuckDB take a while to import
     import pyarrow as pa
@@ -86,7 +85,7 @@ def sql(
             _to_standard_output(rows, write)
         else:
             write(rows, path)
-            err.print(escape(f"{rows.num_rows:,} rows in {path}"))
+            err.print(printable(f"{rows.num_rows:,} rows in {path}"))
     if not files:
         _print_rows(rows.slice(0, shown), more=rows.num_rows > shown)
 
@@ -131,37 +130,40 @@ def inspect(index: Folder) -> None:
     from headwater.index import Catalog, StoredIndex, duplicate_counts, norm_outliers
 
     stored = StoredIndex.open(index)
-    manifest, items = stored.manifest, stored.items().take(stored.live_positions)
+    manifest, known = stored.manifest, stored.item_schema.names
     summary = Catalog(stored).summary()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("items", f"{summary.rows:,}")
     table.add_row("searchable", f"{summary.ok:,}")
     table.add_row("quarantined", f"{summary.quarantined:,}")
     for reason, count in summary.reasons.items():
-        table.add_row("", escape(f"{count:,} x {reason}"))
-    found = stored.items().take(pa.array(stored.ok_positions))
+        table.add_row("", printable(f"{count:,} x {reason}"))
     repeats = stored.duplicates()
     told = "not looked for" if repeats is None else duplicates_line(duplicate_counts(repeats))
     table.add_row("duplicates", told)
-    if "opt_out" in found.column_names:  # indexes made before had no such column
-        refused = len(found) - found["opt_out"].null_count
+    if "opt_out" in known:  # indexes made before had no such column
+        column = stored.items(["opt_out"])["opt_out"].take(pa.array(stored.ok_positions))
+        refused = len(column) - column.null_count
         table.add_row("opted out", f"{refused:,} by the column opt_out, searchable")
-    outliers = norm_outliers(items)
     if manifest.deleted:
         table.add_row("deleted", f"{manifest.deleted:,}, on the disk until `compact`")
+    outliers: Sequence[Any] = ()
+    if "gradient_norm" in known:
+        norms = stored.items(["item_id", "status", "gradient_norm"])
+        outliers = norm_outliers(norms.take(pa.array(stored.live_positions)))
     table.add_row("outliers", f"{len(outliers):,} by gradient norm, searchable")
     for line in outlier_lines(outliers):
-        table.add_row("", escape(line))
+        table.add_row("", printable(line))
     table.add_row("row", f"{manifest.dim:,} x float16")
     table.add_row("shards", f"{len(manifest.shards):,}")
-    table.add_row("feature space", manifest.feature_space_id)
-    for name, value in manifest.recipe["recipe"].items():
-        table.add_row("  " + name, escape(str(value)))
-    for name, value in manifest.recipe["model"].items():
-        table.add_row("  " + name, value[:16])
+    table.add_row("feature space", printable(manifest.feature_space_id))
+    for name, value in manifest.recipe.get("recipe", {}).items():
+        table.add_row("  " + printable(name), printable(value))
+    for name, value in manifest.recipe.get("model", {}).items():
+        table.add_row("  " + printable(name), printable(value[:16]))
     table.add_row("columns", "")
     for name, kind in summary.columns.items():
-        table.add_row("  " + escape(name), escape(kind))
+        table.add_row("  " + printable(name), printable(kind))
     out.print(table)
 
 
@@ -178,9 +180,9 @@ def _to_standard_output(rows: pa.Table, write: Callable[[pa.Table, Path], None])
 def _print_rows(rows: pa.Table, *, more: bool) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for field in rows.schema:
-        table.add_column(escape(field.name), overflow="fold", justify=_justify(str(field.type)))
+        table.add_column(printable(field.name), overflow="fold", justify=_justify(str(field.type)))
     for row in rows.to_pylist():
-        table.add_row(*(escape(_cell(row[name])) for name in rows.column_names))
+        table.add_row(*(printable(_cell(row[name])) for name in rows.column_names))
     out.print(table)
     if more:
         shown = f"the first {rows.num_rows:,} rows; there are more"
@@ -203,21 +205,23 @@ def _cell(value: Any) -> str:
 
 def _print_verification(found: Verification) -> None:
     for damage in found.damaged:
-        out.print(f"[bold red]damaged:[/] {escape(f'{damage.file}: {damage.problem}')}")
-    out.print(escape(f"{found.files:,} files, {amount(found.bytes)}, {found.rows:,} rows checked"))
+        out.print(f"[bold red]damaged:[/] {printable(f'{damage.file}: {damage.problem}')}")
+    out.print(
+        printable(f"{found.files:,} files, {amount(found.bytes)}, {found.rows:,} rows checked")
+    )
     out.print(f"ledger: {found.ledger_lines:,} lines, last hash {found.ledger_head}")
     if found.unfinished:
         out.print("an ingest runs or was cut short: run it again and it goes on")
     for name in found.leftovers[:LEFTOVERS_SHOWN]:
-        out.print(escape(f"left over, part of nothing: {name}"))
+        out.print(printable(f"left over, part of nothing: {name}"))
     if len(found.leftovers) > LEFTOVERS_SHOWN:
         out.print(f"and {len(found.leftovers) - LEFTOVERS_SHOWN:,} more files left over")
     if found.whole:
-        out.print(escape(f"{found.folder} is whole"))
+        out.print(printable(f"{found.folder} is whole"))
     else:
         first = found.damaged[0].file
         out.print(
-            escape(
+            printable(
                 f"{found.folder} is damaged, first in {first}: restore the files from a copy, "
                 "or ingest again"
             )

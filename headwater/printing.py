@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,12 @@ out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 OUTLIERS_SHOWN = 5
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: object) -> str:
+    """Strangers' text for a terminal: markup is not obeyed, nor are escape sequences."""
+    return escape(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", str(text)))
 
 
 @contextmanager
@@ -31,7 +38,7 @@ def spinner(label: str, quiet: bool) -> Iterator[None]:
 def print_summary(summary: Any) -> None:
     """How many items went where, and which stand out."""
     lost = sum(summary.quarantined.values())
-    out.print(escape(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
+    out.print(printable(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
     if summary.unchanged or summary.replaced:
         out.print(f"{summary.unchanged:,} items unchanged, {len(summary.replaced):,} replaced")
     print_reasons(summary.quarantined)
@@ -41,13 +48,13 @@ def print_summary(summary: Any) -> None:
         count = len(summary.outliers)
         out.print(f"{count:,} rows with an unusual gradient norm, kept and searchable:")
         for line in outlier_lines(summary.outliers):
-            out.print(escape(f"  {line}"))
+            out.print(printable(f"  {line}"))
 
 
 def print_reasons(quarantined: dict[str, int]) -> None:
     """Why items went into quarantine."""
     for reason, count in quarantined.items():
-        out.print(escape(f"  {count:,} x {reason}"))
+        out.print(printable(f"  {count:,} x {reason}"))
 
 
 def duplicates_line(counts: Any) -> str:
@@ -88,7 +95,7 @@ def print_result(result: Any) -> None:
     for hit in result.hits:
         words = [hit.item_id, *(hit.item[c] for c in ("caption", "rights_holder", "licence"))]
         table.add_row(
-            str(hit.rank), f"{hit.score:.4g}", *(escape(str(w)) if w else "" for w in words)
+            str(hit.rank), f"{hit.score:.4g}", *(printable(w) if w else "" for w in words)
         )
     out.print(table)
     for group in result.rollup("rights_holder", "licence"):
@@ -96,11 +103,12 @@ def print_result(result: Any) -> None:
             group["rights_holder"] or "rights holder not stated",
             group["licence"] or "licence not stated",
         )
-        out.print(escape(f"{group['share']:4.0%}  {holder}, {licence}"))
+        out.print(printable(f"{group['share']:4.0%}  {holder}, {licence}"))
     for warning in result.warnings:
-        err.print(f"[bold yellow]warning:[/] {escape(warning)}")
-    if result.agreement is not None:
-        out.print(
-            f"{result.searched:,} images searched; one seed alone finds "
-            f"{result.agreement:.0%} of these hits"
-        )
+        err.print(f"[bold yellow]warning:[/] {printable(warning)}")
+    stable = (
+        ""
+        if result.agreement is None
+        else (f"; one seed alone finds {result.agreement:.0%} of these hits")
+    )
+    out.print(f"{result.searched:,} images searched{stable}")

@@ -94,6 +94,8 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 f"--method {asking.method} compares two prompts and this model takes no text; "
                 "ask with --method image, or with a reward from Python"
             )
+        if not (concept.prompt or concept.contrast):
+            raise QueryError("no concept was given; say with --prompt what is asked about")
         if concept.prompt == concept.contrast:
             raise QueryError(
                 f"prompt and contrast are both {concept.prompt!r}, so the concept between them is "

@@ -32,6 +32,7 @@ from headwater import (
 from headwater.attribution import Engine, contrast_rows, ddim_grid, generation_path, seeded_noise
 from headwater.index import StoredIndex
 from headwater.ingest.journal import Journal
+from headwater.printing import printable
 
 SMALL = ("--timesteps", 2, "--dim", 256, "--quiet")
 
@@ -253,6 +254,18 @@ def test_inspect_shows_counts_recipe_and_quarantine(headwater: Command, index: P
                   "1 x truncated file", "method dtrak", "parameters attn2", "rights_holder string",
                   StoredIndex.open(index).manifest.feature_space_id):  # fmt: skip
         assert words in flat
+
+
+def test_inspect_shows_an_index_of_an_older_version(headwater: Command) -> None:
+    code, out, err = headwater("inspect", Path(__file__).parent / "data" / "index-v1")
+    assert (code, err) == (0, "")
+    assert "duplicates not looked for" in " ".join(out.split())
+
+
+def test_escape_sequences_of_captions_do_not_reach_the_terminal() -> None:
+    assert printable("a \x1b]0;owned\x07[b]cat[/b]\x9b2J\n") == (
+        "a \\x1b]0;owned\\x07\\[b]cat\\[/b]\\x9b2J\n"
+    )
 
 
 def test_pixel_model_ingests_and_answers(tmp_path: Path, corpus: Path) -> None:
