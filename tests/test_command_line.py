@@ -423,7 +423,7 @@ def test_out_folder_that_is_no_index_or_one_of_another_space(
     ("flags", "message"),
     [
         (("--prompt", "a cat", "--contrast", "a cat"), "zero gradient"),
-        ((), "zero gradient"),
+        ((), "no concept was given"),
         (("--prompt", "zebra", "--contrast", "yak"), "words it does not know"),
         (("--prompt", "a cat", "--top", 11), "10 items can be ranked"),
         (("--prompt", "a cat", "--top", 0), "choose 1 to 10"),
