@@ -109,8 +109,21 @@ class Journal:
         write_atomically(path, write)
 
     def merge(self, number: int) -> None:
-        """Make a range that is whole a part of the index, and forget its batches."""
-        tables = [_read(kept.path) for kept in self._kept(number)]
+        """Make a range that is whole a part of the index, and forget its batches.
+
+        Raises:
+            SourceError: batches of it are gone or damaged; what is left of them stays.
+        """
+        batches = self._kept(number)
+        start, stop = self.job.span(number)
+        reached = batches[-1].stop if batches else start
+        if reached != stop:
+            raise SourceError(
+                f"{self._folder / 'job' / self.job.part(number)} holds records {start} to "
+                f"{reached - 1} of {start} to {stop - 1} unbroken: a file that was written is gone "
+                "or damaged; run the ingest again to compute the rest"
+            )
+        tables = [_read(kept.path) for kept in batches]
         told = [json.loads(table.schema.metadata[_TOLD]) for table in tables]
         filled = [table for table in tables if table.num_rows]
         unchanged = [position for batch in told for position in batch["unchanged"]]

@@ -52,10 +52,18 @@ def seal(
         details: how the ingest was run, for the ledger.
 
     Raises:
-        SourceError: no image of the source is usable; the job is then discarded.
+        SourceError: no image of the source is usable; the job is then discarded. Or what was kept
+            is not all that was to be done; the job stays.
     """
     job, folder = journal.job, writer.folder
     records = [journal.record(number) for number in range(job.ranges)]
+    for number, record in enumerate(records):
+        first, stop = job.span(number)
+        if (accounted := len(record.ids) + len(record.unchanged)) != stop - first:
+            raise SourceError(
+                f"job/{job.part(number)}.json in {folder} accounts for {accounted} of "
+                f"{stop - first} records; add --restart to discard the unfinished ingest"
+            )
     reasons = Counter[str]()
     for record in records:
         reasons.update(record.reasons)

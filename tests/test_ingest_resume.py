@@ -24,6 +24,7 @@ from test_index_writer import Crash, crash_at, without_ledger
 from headwater import Model, Progress, Recipe, SourceError, build_index
 from headwater.index import IndexStoreError, StoredIndex
 from headwater.ingest import devices, job
+from headwater.ingest.journal import Journal
 
 SMALL = Recipe(timesteps=1, dim=48)
 COUNT = 90
@@ -232,6 +233,40 @@ def test_a_lost_batch_is_computed_again(
             kept[1].unlink()
     run(source, model, folder, batch_size=4)
     assert without_ledger(folder) == unbroken
+
+
+@pytest.mark.parametrize("lost", [slice(-1, None), slice(None)])
+def test_a_range_whose_batches_are_lost_is_not_merged_short(
+    tmp_path: Path, model: Model, source: Path, unbroken: dict[str, bytes], lost: slice
+) -> None:
+    """A file that was written may be gone, or not be seen on a shared disk."""
+    folder, honest = tmp_path / "idx", Journal.merge
+
+    def losing(journal: Journal, number: int) -> None:
+        if number == 1:
+            for path in sorted((folder / "job" / "part-00001").glob("*.arrow"))[lost]:
+                path.unlink()
+        honest(journal, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "merge", losing)
+        with pytest.raises(SourceError, match=r"part-00001 holds records 20 to .* run the ingest"):
+            run(source, model, folder, batch_size=5)
+    assert not (folder / "manifest.json").exists()
+    run(source, model, folder)
+    assert without_ledger(folder) == unbroken
+
+
+def test_a_record_that_accounts_for_too_little_is_not_sealed(
+    tmp_path: Path, model: Model, source: Path
+) -> None:
+    with pytest.raises(Stopped):
+        run(source, model, tmp_path / "idx", batch_size=5, progress=stop_at(45))
+    path = tmp_path / "idx/job/part-00000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ids": ["one"]}))
+    with pytest.raises(SourceError, match=r"part-00000.json .* accounts for 1 of 20 records"):
+        run(source, model, tmp_path / "idx")
+    assert not (tmp_path / "idx/manifest.json").exists()
 
 
 def test_repeated_content_is_told_apart_in_order(
