@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ from headwater.index import (
     part_files,
     save_table,
 )
-from headwater.index.files import write_atomically
+from headwater.index.files import sha256_of, write_atomically
 
 from .errors import SourceError
 from .held import Held
@@ -58,6 +60,7 @@ def seal(
     job, folder = journal.job, writer.folder
     records = [journal.record(number) for number in range(job.ranges)]
     for number, record in enumerate(records):
+        journal.check_part(number)
         first, stop = job.span(number)
         if (accounted := len(record.ids) + len(record.unchanged)) != stop - first:
             raise SourceError(
@@ -78,9 +81,9 @@ def seal(
         )
     ids, replaced = _final_ids(records, Held(before))
     shards = [
-        _renamed(folder, record.shard, record.ids, final)
-        for record, final in zip(records, ids, strict=True)
-        if record.shard is not None
+        shard
+        for number, final in enumerate(ids)
+        if (shard := _renamed(journal, folder, number, final)) is not None
     ]
     told = dict(details) | {
         "source": job.label, "written": written, "unchanged": unchanged, "replaced": [*replaced],
@@ -132,23 +135,39 @@ def _final_ids(records: list[RangeRecord], held: Held) -> tuple[list[list[str]],
     return found, replaced
 
 
-def _renamed(folder: Path, shard: Shard, ids: list[str], final: list[str]) -> Shard:
-    """The part with its final ids; done again after a crash, it gives the same files."""
-    if ids == final:
+def _renamed(journal: Journal, folder: Path, number: int, final: list[str]) -> Shard | None:
+    """The part of a range with its final ids; done again after a crash, it gives the same files."""
+    record = journal.record(number)
+    shard = record.shard
+    if shard is None or record.ids == final:
         return shard
     _, items_path, thumbs_path = part_files(shard.name)
-    items = pq.read_table(folder / items_path)
-    thumbs = pq.read_table(folder / thumbs_path)
-    shown = iter(zip(ids, final, strict=True))
-    names = []
-    for known in thumbs["item_id"].to_pylist():  # the items with a preview, in their order
-        names.append(next(new for old, new in shown if known in (old, new)))
-    files = dict(shard.files)
-    for path, table, column in ((items_path, items, final), (thumbs_path, thumbs, names)):
+    written: dict[str, bytes] = {}
+    for path in (items_path, thumbs_path):
+        if sha256_of(folder / path) != shard.files[path]:
+            continue  # it has its final ids since an attempt that was cut short
+        table = pq.read_table(folder / path)
+        names = final
+        if path == thumbs_path:  # the items with a preview, in their order
+            shown = iter(zip(record.ids, final, strict=True))
+            known = table["item_id"].to_pylist()
+            names = [next(new for old, new in shown if old == name) for name in known]
         place = table.column_names.index("item_id")
-        table = table.set_column(place, "item_id", pa.array(column, pa.string()))
-        files[path] = write_atomically(folder / path, partial(save_table, table))
-    return replace(shard, files=files)
+        file = io.BytesIO()
+        save_table(table.set_column(place, "item_id", pa.array(names, pa.string())), file)
+        written[path] = file.getvalue()
+    renamed = record.renamed | {
+        path: hashlib.sha256(content).hexdigest() for path, content in written.items()
+    }
+    if renamed != record.renamed:
+        journal.note_renamed(number, renamed)
+    for path, content in written.items():
+        write_atomically(folder / path, partial(_put, content))
+    return replace(shard, files=dict(shard.files) | renamed)
+
+
+def _put(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def _outliers(index: StoredIndex) -> tuple[Outlier, ...]:

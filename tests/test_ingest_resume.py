@@ -257,6 +257,27 @@ def test_a_range_whose_batches_are_lost_is_not_merged_short(
     assert without_ledger(folder) == unbroken
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_damaged_batch_or_part_is_computed_again(
+    tmp_path: Path, model: Model, source: Path, unbroken: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "idx"
+    with pytest.raises(Stopped):
+        run(source, model, folder, batch_size=5, progress=stop_at(65))
+    flip(sorted((folder / "job/part-00003").glob("*.arrow"))[0])
+    flip(folder / "features/part-00001.npy")
+    with pytest.raises(SourceError, match=r"features/part-00001\.npy is gone or damaged"):
+        run(source, model, folder)
+    assert not (folder / "manifest.json").exists()
+    run(source, model, folder)
+    assert without_ledger(folder) == unbroken
+
+
 def test_a_record_that_accounts_for_too_little_is_not_sealed(
     tmp_path: Path, model: Model, source: Path
 ) -> None:
