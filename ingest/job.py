@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -131,6 +132,7 @@ def build_index(
             if before.manifest.rows:
                 check_columns(before, items.extra_schema)
         asked = Job(
+            id=secrets.token_hex(8) if begun is None else begun.id,
             label=items.label,
             signature=items.signature(None if begun is None else dict(begun.signature)),
             where=where,

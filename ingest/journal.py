@@ -1,9 +1,9 @@
 """The work of an ingest, kept batch by batch: what was computed once is never computed again.
 
-`job/part-NNNNN/START-STOP-SHA256.arrow` holds the batch that covers these places of the selection;
-one whose bytes have another hash counts as lost and is computed again. When a range is whole its
-batches become a part of the index and the record `job/part-NNNNN.json`; the part counts when the
-index's manifest lists it.
+`job/part-NNNNN/START-STOP-JOB-SHA256.arrow` holds the batch that covers these places of the
+selection. One of another job is ignored; one whose bytes have another hash counts as lost and is
+computed again. When a range is whole its batches become a part of the index and the record
+`job/part-NNNNN.json`; the part counts when the index's manifest lists it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .plan import Job, Span, Todo, write_job
 from .tables import items_table, previews_table
 
 _TOLD = b"headwater"  # key of what a batch's file says beside its rows
-_BATCH = re.compile(r"(\d{12,})-(\d{12,})-([0-9a-f]{64})\.arrow")
+_BATCH = re.compile(r"(\d{12,})-(\d{12,})-([0-9a-f]+)-([0-9a-f]{64})\.arrow")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,6 @@ class RangeRecord:
 
     shard: Shard | None  # None: nothing in it needed a new row
     ids: list[str] = field(default_factory=list)  # of the part's items, before they are told apart
-    renamed: dict[str, str] = field(
-        default_factory=dict
-    )  # {file: sha256} after that, if it differs
     unchanged: list[int] = field(default_factory=list)  # positions of rows left as they are
     reasons: dict[str, int] = field(default_factory=dict)  # of quarantine
     renamed: dict[str, str] = field(default_factory=dict)  # {file: sha256} with its final ids
@@ -65,12 +62,15 @@ class _Kept:
 class Journal:
     """The kept work of one job in the folder of an index."""
 
-    def __init__(self, folder: Path, job: Job, extra: pa.Schema) -> None:
-        """`extra` are the types of the user's columns; nothing is written yet."""
+    def __init__(self, folder: Path, job: Job, extra: pa.Schema, *, begun: bool = False) -> None:
+        """`extra` are the types of the user's columns; nothing is written yet.
+
+        `begun`: the job is noted by another process; if it is no longer, nothing can be kept.
+        """
         self.job = job
         self._folder = folder
         self._extra = extra
-        self._begun = (folder / "job" / "job.json").exists()
+        self._begun = begun or (folder / "job" / "job.json").exists()
 
     def todo(self) -> list[Todo]:
         """What is left of each range, in order; ranges that are whole but for merging too."""
@@ -119,7 +119,14 @@ class Journal:
             writer.write_table(table)
         content = sink.getvalue()
         digest = hashlib.sha256(content).hexdigest()
-        path = self._folder / "job" / name / f"{span.start:012d}-{span.stop:012d}-{digest}.arrow"
+        folder = self._folder / "job" / name
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            raise SourceError(
+                f"{folder.parent} is gone: the ingest was ended or discarded meanwhile"
+            ) from None
+        path = folder / f"{span.start:012d}-{span.stop:012d}-{self.job.id}-{digest}.arrow"
         write_atomically(path, lambda file: file.write(content))
 
     def merge(self, number: int) -> None:
@@ -214,8 +221,9 @@ class Journal:
         """The batches of a range from its start on, without a gap."""
         by_start: dict[int, list[tuple[int, Path, str]]] = {}
         for path in sorted((self._folder / "job" / self.job.part(number)).glob("*.arrow")):
-            if name := _BATCH.fullmatch(path.name):
-                by_start.setdefault(int(name[1]), []).append((int(name[2]), path, name[3]))
+            name = _BATCH.fullmatch(path.name)
+            if name is not None and name[3] == self.job.id:
+                by_start.setdefault(int(name[1]), []).append((int(name[2]), path, name[4]))
         found, place = [], self.job.span(number)[0]
         while place in by_start:
             for stop, path, digest in reversed(by_start[place]):  # of several the longest

@@ -29,6 +29,7 @@ SHARD_ITEMS = 2048  # records of a range: about 16 MB of rows at 4096 dimensions
 class Job:
     """The contents of `job/job.json`: everything that the rows of an ingest depend on."""
 
+    id: str  # random: what a lost worker of another job writes late is not taken for this one's
     label: str  # the source as given, for messages
     signature: Mapping[str, Any]  # what the source was; see `Source.signature`
     where: str | None

@@ -22,9 +22,10 @@ from conftest import corpus_table
 from test_index_writer import Crash, crash_at, without_ledger
 
 from headwater import Model, Progress, Recipe, SourceError, build_index
-from headwater.index import IndexStoreError, StoredIndex
+from headwater.index import IndexStoreError, IndexWriter, StoredIndex
 from headwater.ingest import devices, job
 from headwater.ingest.journal import Journal
+from headwater.ingest.plan import Span, read_job
 
 SMALL = Recipe(timesteps=1, dim=48)
 COUNT = 90
@@ -346,6 +347,28 @@ def test_a_source_that_changed_is_named(tmp_path: Path, model: Model, source: Pa
     with pytest.raises(SourceError, match=r"source .* has changed: c\.parquet has"):
         run(mine, model, tmp_path / "idx")
     shutil.move(mine, tmp_path / "moved.parquet")
+
+
+def test_what_another_job_writes_late_is_ignored(
+    tmp_path: Path, model: Model, source: Path
+) -> None:
+    """A worker that was lost may write on after its job was discarded."""
+    folder = tmp_path / "idx"
+    begun(source, model, folder, where="licence = 'MIT'")
+    late = {path: path.read_bytes() for path in folder.glob("job/part-00000/*.arrow")}
+    old = read_job(folder)
+    assert old is not None
+    journal = Journal(folder, old, pa.schema([]), begun=True)
+    IndexWriter.create(folder, feature_space_id="any", recipe={}, dim=SMALL.dim).discard_job()
+    with pytest.raises(SourceError, match="job is gone: the ingest was ended or discarded"):
+        journal.commit(Span(0, 0, 1, 0, 0, (0,)), np.zeros((0, SMALL.dim), np.float32), [], [])
+    assert not (folder / "job").exists()
+    begun(source, model, folder, where="licence <> 'MIT'", restart=True)
+    for path, content in late.items():
+        path.write_bytes(content)
+    run(source, model, folder, where="licence <> 'MIT'")
+    run(source, model, tmp_path / "fresh", where="licence <> 'MIT'", batch_size=5)
+    assert without_ledger(folder) == without_ledger(tmp_path / "fresh")
 
 
 def test_a_full_disk_keeps_what_is_done(
