@@ -35,6 +35,7 @@ from .progress import Progress, ProgressCallback
 from .ranges import Worker, Workers
 from .ray_engine import RayCluster, RayWorkers, Task
 from .seal import seal
+from .signature import difference
 from .sources import Source, open_source
 
 # Compiling takes some two minutes and saves a fifth of the time after them: it pays from so many
@@ -108,7 +109,7 @@ def build_index(
 
     Raises:
         SourceError: nothing to read, or nothing usable in it; the ingest is then discarded. Or the
-            ingest that was cut short is another one.
+            ingest that was cut short is another one, or the source changed meanwhile.
         ModelError, IndexStoreError: the recipe or the output folder cannot be used.
         DeviceError: a device cannot go on, or workers of the cluster were lost again and again.
         ClusterError: no Ray, no cluster, or no room in it.
@@ -156,6 +157,12 @@ def build_index(
             batch_size = batch_size or width
             journal = Journal(out, replace(asked, width=width), items.extra_schema)
             resumed = _run(workers, journal, len(items), batch_size, progress)
+        now = items.signature(dict(journal.job.signature))
+        if reason := difference(dict(journal.job.signature), now):
+            raise SourceError(
+                f"the source {items.label} changed while it was ingested: {reason}; put it back as "
+                "it was and run the ingest again, or add --restart to begin anew with what it is"
+            )
         sealed = seal(
             writer,
             before,

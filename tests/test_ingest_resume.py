@@ -349,6 +349,26 @@ def test_a_source_that_changed_is_named(tmp_path: Path, model: Model, source: Pa
     shutil.move(mine, tmp_path / "moved.parquet")
 
 
+def test_a_source_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, model: Model, source: Path, unbroken: dict[str, bytes]
+) -> None:
+    mine = Path(shutil.copy(source, tmp_path / "c.parquet"))
+    there = mine.read_bytes()
+
+    def change(progress: Progress) -> None:
+        if progress.done == COUNT:
+            pq.write_table(pq.read_table(source).slice(1), mine, row_group_size=16)
+
+    with pytest.raises(SourceError, match=r"changed while it was ingested: c\.parquet has"):
+        run(mine, model, tmp_path / "idx", batch_size=5, progress=change)
+    assert not (tmp_path / "idx/manifest.json").exists()
+    mine.write_bytes(there)
+    seen: list[Progress] = []
+    run(mine, model, tmp_path / "idx", progress=seen.append)
+    assert seen == []  # all of it was kept
+    assert without_ledger(tmp_path / "idx") == unbroken
+
+
 def test_what_another_job_writes_late_is_ignored(
     tmp_path: Path, model: Model, source: Path
 ) -> None:
