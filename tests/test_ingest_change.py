@@ -302,18 +302,25 @@ def test_answers_equal_those_of_an_index_never_given_the_rows(tmp_path: Path, mo
         assert names == {"features/part-00000.npy", "features/part-00001.npy"}
 
 
-def test_much_heavier_rows_leave_no_rounding_behind(tmp_path: Path) -> None:
-    """What is subtracted may be a million times what remains."""
-    rows = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
-    rows[:30] *= 1e6
-    ids = [f"i{n:02d}" for n in range(60)]
-    for name, part in (("idx", slice(0, 60)), ("never", slice(30, 60))):
+@pytest.mark.parametrize("scales", [(1, 1e6), (1, 6e2, 3e5)])
+def test_much_heavier_rows_leave_no_rounding_behind(
+    tmp_path: Path, scales: tuple[float, ...]
+) -> None:
+    """What is subtracted may be a million times what remains, at once or by and by."""
+    rows = np.random.default_rng(0).standard_normal((30 * len(scales), 16)).astype(np.float32)
+    rows *= np.repeat(scales, 30).astype(np.float32)[:, None]
+    ids = [f"{n // 30}-{n:02d}" for n in range(len(rows))]
+    for name, part in (("idx", slice(None)), ("never", slice(30))):
         with IndexWriter.create(tmp_path / name, feature_space_id="s", recipe={}, dim=16) as writer:
             writer.add_shard(make_items(ids[part]), rows[part], make_thumbs([]))
             stored = StoredIndex(writer.folder, writer.manifest)
             writer.write_curvature(curvature_arrays(stored))
             writer.finish()
-    delete(tmp_path / "idx", where="item_id < 'i30'")
+    for number in reversed(range(1, len(scales))):
+        delete(tmp_path / "idx", where=f"item_id like '{number}-%'")
+    mine = StoredIndex.open(tmp_path / "idx").curvature()["gram"]
+    never = StoredIndex.open(tmp_path / "never").curvature()["gram"]
+    np.testing.assert_allclose(mine, never, atol=1e-8 * np.abs(never).max())
     assert_same_answers(tmp_path / "idx", tmp_path / "never")
 
 
