@@ -447,6 +447,14 @@ def print_summary(summary: Any) -> None:
     out.print(escape(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
     if summary.unchanged or summary.replaced:
         out.print(f"{summary.unchanged:,} items unchanged, {len(summary.replaced):,} replaced")
+    if summary.kept:
+        name, reason = next(iter(summary.kept.items()))
+        out.print(
+            escape(
+                f"{len(summary.kept):,} of them unusable in this source, their older rows stay: "
+                f"{name} ({reason})" + (", ..." if len(summary.kept) > 1 else "")
+            )
+        )
     print_reasons(summary.quarantined)
     if summary.outliers:
         count = len(summary.outliers)

@@ -69,6 +69,13 @@ class Held:
                 return position
         return None
 
+    def searchable(self, item_id: str) -> int | None:
+        """The position of the row with this id, if it is not in quarantine."""
+        position = self._places.get(item_id)
+        if position is None or self._items["status"][position].as_py() != "ok":
+            return None
+        return position
+
     def _candidates(self, item_id: str) -> Iterator[int]:
         """The rows with this id and with "~2", "~3" after it: copies of one content."""
         position, number = self._places.get(item_id), 1

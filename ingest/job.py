@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class IngestSummary:
     outliers: tuple[Outlier, ...]  # unusual gradient norms, furthest first; they stay searchable
     unchanged: int = 0  # records that the index held as they are
     replaced: tuple[str, ...] = ()  # ids that now stand for other bytes, captions or columns
+    # {id: reason} of unchanged items whose record is unusable now: what the index held stays.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_index(
@@ -79,8 +81,9 @@ def build_index(
     """Compute one row for every image of `source` and write them as an index to `out`.
 
     Where an index is, it is added to: a record that it holds unchanged costs nothing, one that has
-    changed takes the place of the older. Nothing is seen of an ingest before its end; one that was
-    cut short goes on where it was when it is run again, and ends in the same bytes.
+    changed takes the place of the older, unless it is unusable. Nothing is seen of an ingest before
+    its end; one that was cut short goes on where it was when it is run again, and ends in the same
+    bytes.
 
     Args:
         source: Parquet file, folder of Parquet files, or folder of images with captions.
@@ -183,6 +186,7 @@ def build_index(
             outliers=sealed.outliers,
             unchanged=sealed.unchanged,
             replaced=sealed.replaced,
+            kept=sealed.kept,
         )
 
 

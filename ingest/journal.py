@@ -41,6 +41,7 @@ class RangeRecord:
     ids: list[str] = field(default_factory=list)  # of the part's items, before they are told apart
     unchanged: list[int] = field(default_factory=list)  # positions of rows left as they are
     reasons: dict[str, int] = field(default_factory=dict)  # of quarantine
+    kept: dict[str, str] = field(default_factory=dict)  # of unchanged; see `Span.kept`
     renamed: dict[str, str] = field(default_factory=dict)  # {file: sha256} with its final ids
 
 
@@ -112,7 +113,7 @@ class Journal:
             # Found again by their place at the end: a user's column may have any name.
             table = encoded.items.append_column("unit", units)
             table = table.append_column("preview", pa.array(previews, pa.binary()))
-        told = {"taken": span.after, "unchanged": span.unchanged}
+        told = {"taken": span.after, "unchanged": span.unchanged, "kept": dict(span.kept)}
         table = table.replace_schema_metadata({_TOLD: json.dumps(told)})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
@@ -146,7 +147,8 @@ class Journal:
             )
         filled = [kept.table for kept in batches if kept.table.num_rows]
         unchanged = [position for kept in batches for position in kept.told["unchanged"]]
-        record = RangeRecord(None, unchanged=unchanged)
+        stays = {name: reason for batch in batches for name, reason in batch.told["kept"].items()}
+        record = RangeRecord(None, unchanged=unchanged, kept=stays)
         if filled:
             name = self.job.part(number)
             table = pa.concat_tables([part.replace_schema_metadata(None) for part in filled])
@@ -157,7 +159,7 @@ class Journal:
             thumbs = previews_table(ids, table.column(columns + 1).to_pylist())
             shard = write_part(self._folder, name, encoded, thumbs)
             reasons = Counter(reason for reason in table["error"].to_pylist() if reason)
-            record = RangeRecord(shard, ids, unchanged, dict(reasons))
+            record = RangeRecord(shard, ids, unchanged, dict(reasons), stays)
         self._write(number, record)
         self._drop(number)
 

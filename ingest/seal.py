@@ -40,6 +40,7 @@ class Sealed:
     reasons: Counter[str]  # of quarantine
     replaced: tuple[str, ...]  # ids whose older row is deleted
     unchanged: int  # records that were left as they are
+    kept: dict[str, str]  # {id: reason} of these whose record is unusable now
     outliers: tuple[Outlier, ...]  # of the index, by gradient norm
 
 
@@ -72,6 +73,7 @@ def seal(
         reasons.update(record.reasons)
     written = sum(len(record.ids) for record in records)
     unchanged = sum(len(record.unchanged) for record in records)
+    kept = {name: reason for record in records for name, reason in record.kept.items()}
     if written == reasons.total() and not unchanged:
         writer.discard_job()
         reason, count = reasons.most_common(1)[0]
@@ -87,6 +89,7 @@ def seal(
     ]
     told = dict(details) | {
         "source": job.label, "written": written, "unchanged": unchanged, "replaced": [*replaced],
+        "kept": kept,
     }  # fmt: skip
     if shards:
         writer.add_parts(shards, job.first_part + job.ranges)
@@ -99,7 +102,7 @@ def seal(
         writer.note("ingest", told)
         writer.discard_job()
     outliers = _outliers(StoredIndex(folder, writer.manifest))
-    return Sealed(written, reasons, tuple(replaced), unchanged, outliers)
+    return Sealed(written, reasons, tuple(replaced), unchanged, kept, outliers)
 
 
 def _final_ids(records: list[RangeRecord], held: Held) -> tuple[list[list[str]], dict[str, int]]:

@@ -148,10 +148,11 @@ def test_what_is_new_is_added_and_what_changed_is_replaced(
     table = edited(table, "licence", {20: "CC0-1.0"})
     computed.clear()
     summary = run(written(tmp_path / "b.parquet", table), model, tmp_path / "idx")
-    replaced = {f"img-{place:03d}" for place in (2, 4, 8, 11, 20)}
+    replaced = {f"img-{place:03d}" for place in (2, 4, 11, 20)}
     assert set(summary.replaced) == replaced
-    assert (summary.items, summary.unchanged) == (COUNT, 25)
+    assert (summary.items, summary.unchanged) == (COUNT, 26)
     assert sum(computed) == 4 + 9  # img-008 is no picture, the tenth new one has a taken id
+    table = edited(table, "image", {8: png(8)})  # what is unusable takes nothing away
     run(written(tmp_path / "b.parquet", table), model, tmp_path / "whole")
     index = StoredIndex.open(tmp_path / "idx")
     items = index.items().take(pa.array(index.live_positions)).sort_by("item_id")
@@ -165,9 +166,12 @@ def test_what_is_new_is_added_and_what_changed_is_replaced(
         assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3 * largest)
     details = json.loads((tmp_path / "idx/ledger.jsonl").read_text().splitlines()[1])["details"]
     assert set(details["replaced"]) == replaced
+    assert details["kept"] == summary.kept
+    assert list(summary.kept) == ["img-008"]
+    assert "not an image" in summary.kept["img-008"]
     assert_answers_are_those_of_the_rows(tmp_path / "idx")
-    previews = index.thumbnails(["img-002", "img-003", "img-008"])
-    assert set(previews) == {"img-002", "img-003"}
+    previews = index.thumbnails(["img-002", "img-003", "img-004", "img-017"])
+    assert set(previews) == {"img-002", "img-003", "img-004"}
     assert previews["img-002"] != StoredIndex.open(tmp_path / "whole").thumbnails(["img-003"])
 
 
