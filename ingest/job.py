@@ -176,6 +176,7 @@ def build_index(
                 "execution": asdict(execution),
                 "resumed": resumed,
             },
+            content_keyed=items.content_keyed,
         )
         return IngestSummary(
             folder=out,
@@ -262,7 +263,7 @@ def _opened_workers(
     if cluster is None:
         with open_devices(engine, execution, devices, choose=choose) as ready:
             names = list(devices or [str(engine.model.device)])
-            yield Worker(items, ready, Held(before), names)
+            yield Worker(items, ready, Held(before, content_keyed=items.content_keyed), names)
         return
     (kind,) = devices or ()
     task = Task(

@@ -45,7 +45,12 @@ class Sealed:
 
 
 def seal(
-    writer: IndexWriter, before: StoredIndex | None, journal: Journal, details: Mapping[str, Any]
+    writer: IndexWriter,
+    before: StoredIndex | None,
+    journal: Journal,
+    details: Mapping[str, Any],
+    *,
+    content_keyed: bool,
 ) -> Sealed:
     """Let a job whose ranges are all merged count, and remove its folder.
 
@@ -53,6 +58,7 @@ def seal(
         writer: holds the lock.
         before: the index as it was; None for a new one.
         details: how the ingest was run, for the ledger.
+        content_keyed: `Source.content_keyed` of its source.
 
     Raises:
         SourceError: no image of the source is usable; the job is then discarded. Or what was kept
@@ -81,7 +87,7 @@ def seal(
             f"no usable image in {job.label}: {written} items, "
             f"of which {count} with: {reason}; check the image column and the files"
         )
-    ids, replaced = _final_ids(records, Held(before))
+    ids, replaced = _final_ids(records, Held(before, content_keyed=content_keyed))
     shards = [
         shard
         for number, final in enumerate(ids)
@@ -110,7 +116,8 @@ def _final_ids(records: list[RangeRecord], held: Held) -> tuple[list[list[str]],
 
     The first item with an id has it; a further one, equal in content, gets "~2", "~3" in order of
     position, but no id that a record gave. An id of the index is taken over from its row, unless a
-    record said that this row stays.
+    record said that this row stays. Where ids are made from content none is taken over: that row
+    has the same image and caption, and what is carried along with it may be of another corpus.
     """
     staying = {position for record in records for position in record.unchanged}
     given = {item_id for record in records for item_id in record.ids}
@@ -124,7 +131,8 @@ def _final_ids(records: list[RangeRecord], held: Held) -> tuple[list[list[str]],
             candidate, number = wanted, following.get(wanted, 1)
             while (
                 candidate in used
-                or held.position(candidate) in staying
+                or (position := held.position(candidate)) in staying
+                or (held.content_keyed and position is not None)
                 or (candidate != wanted and candidate in given)
             ):
                 number += 1

@@ -238,11 +238,29 @@ def test_copies_of_one_content(tmp_path: Path, model: Model) -> None:
     assert run(tmp_path / "a.parquet", model, tmp_path / "idx").unchanged == 5
     changed = edited(twice, "group", {3: "third"})
     summary = run(written(tmp_path / "b.parquet", changed), model, tmp_path / "idx")
-    assert (summary.unchanged, summary.replaced) == (4, (f"{ids[0]}~2",))
+    assert (summary.unchanged, summary.rows, summary.replaced) == (4, 1, ())
     more = pa.concat_tables([changed, edited(twice.slice(0, 1), "group", {0: "fourth"})])
     summary = run(written(tmp_path / "c.parquet", more), model, tmp_path / "idx")
     assert (summary.unchanged, summary.rows, summary.replaced) == (5, 1, ())
-    assert StoredIndex.open(tmp_path / "idx").items()["item_id"].to_pylist()[-1] == f"{ids[0]}~3"
+    index = StoredIndex.open(tmp_path / "idx")
+    assert index.items()["item_id"].to_pylist()[5:] == [f"{ids[0]}~3", f"{ids[0]}~4"]
+    assert index.items()["group"].to_pylist()[3:] == ["other", "odd", "third", "fourth"]
+    assert len(index.live_positions) == 7
+
+
+def test_an_id_that_looks_like_a_copy_is_its_own(tmp_path: Path, model: Model) -> None:
+    """Where ids are given, "a~2" is no copy of "a"."""
+    table = edited(corpus_table(2), "image_id", {0: "a", 1: "a~2"})
+    for column in ("caption", "group", "licence", "rights_holder"):
+        table = edited(table, column, {1: table[column][0].as_py()})
+    run(written(tmp_path / "a.parquet", table), model, tmp_path / "idx")
+    changed = edited(table, "image", {0: table["image"][1].as_py()}).slice(0, 1)
+    summary = run(written(tmp_path / "b.parquet", changed), model, tmp_path / "idx")
+    assert (summary.unchanged, summary.replaced) == (0, ("a",))
+    index = StoredIndex.open(tmp_path / "idx")
+    items = index.items().take(pa.array(index.live_positions))
+    assert items["item_id"].to_pylist() == ["a~2", "a"]
+    assert len(set(items["sha256"].to_pylist())) == 1
 
 
 @pytest.mark.parametrize("what", ["recipe", "columns", "nothing usable"])
