@@ -41,6 +41,15 @@ def print_summary(summary: Any) -> None:
     out.print(printable(f"{summary.rows:,} rows in {summary.folder}, {lost:,} items quarantined"))
     if summary.unchanged or summary.replaced:
         out.print(f"{summary.unchanged:,} items unchanged, {len(summary.replaced):,} replaced")
+    if summary.kept:
+        name, reason = next(iter(summary.kept.items()))
+        more = ", ..." if len(summary.kept) > 1 else ""
+        out.print(
+            printable(
+                f"{len(summary.kept):,} of them unusable in this source, their older rows stay: "
+                f"{name} ({reason}){more}"
+            )
+        )
     print_reasons(summary.quarantined)
     if summary.duplicates is not None:
         out.print(f"duplicates in the index: {duplicates_line(summary.duplicates)}")

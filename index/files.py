@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -12,10 +13,11 @@ from typing import BinaryIO
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """Write `path` through a temporary name, fsync and rename; return the sha256 of its bytes.
 
-    A reader sees the old file or the new one, never a part. Missing parent folders are made.
+    A reader sees the old file or the new one, never a part. Missing parent folders are made. The
+    temporary name is the writer's own: two may write the same file at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".writing")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.writing")
     try:
         with temporary.open("wb") as file:
             write(file)

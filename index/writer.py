@@ -327,7 +327,8 @@ def _holds_job(folder: Path) -> bool:
     if (folder / JOB_FILE).exists():
         return _first_part(folder) is not None
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return files <= {LOCK_FILE, "job", JOB_FILE + ".writing"}
+    begun = {file for file in files if re.fullmatch(rf"{re.escape(JOB_FILE)}\..*writing", file)}
+    return files <= {LOCK_FILE, "job", *begun}
 
 
 def _without(files: Mapping[str, str], top: str) -> dict[str, str]:

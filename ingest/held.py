@@ -23,8 +23,12 @@ _COMPARED = ("caption", "licence", "rights_holder", "source")
 class Held:
     """The living rows of an index, by id; of a new index nothing."""
 
-    def __init__(self, stored: StoredIndex | None) -> None:
-        """Read ids and what records are compared by; rows stay on the disk."""
+    def __init__(self, stored: StoredIndex | None, *, content_keyed: bool) -> None:
+        """Read ids and what records are compared by; rows stay on the disk.
+
+        `content_keyed`: ids of the source are made from content, see `Source.content_keyed`.
+        """
+        self.content_keyed = content_keyed
         self._places: dict[str, int] = {}
         self._items = pa.table({})
         self.extra: list[str] = []
@@ -69,11 +73,20 @@ class Held:
                 return position
         return None
 
+    def searchable(self, item_id: str) -> int | None:
+        """The position of the row with this id, if it is not in quarantine."""
+        position = self._places.get(item_id)
+        if position is None or self._items["status"][position].as_py() != "ok":
+            return None
+        return position
+
     def _candidates(self, item_id: str) -> Iterator[int]:
-        """The rows with this id and with "~2", "~3" after it: copies of one content."""
+        """The row with this id; of a content also those with "~2", "~3" after it, its copies."""
         position, number = self._places.get(item_id), 1
         while position is not None:
             yield position
+            if not self.content_keyed:  # what a given id with "~2" names is something else
+                return
             number += 1
             position = self._places.get(f"{item_id}~{number}")
 

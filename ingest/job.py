@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .progress import Progress, ProgressCallback
 from .ranges import Worker, Workers
 from .ray_engine import RayCluster, RayWorkers, Task
 from .seal import seal
+from .signature import difference
 from .sources import Source, open_source
 
 # Compiling takes some two minutes and saves a fifth of the time after them: it pays from so many
@@ -54,6 +56,8 @@ class IngestSummary:
     unchanged: int = 0  # records that the index held as they are
     replaced: tuple[str, ...] = ()  # ids that now stand for other bytes, captions or columns
     duplicates: DuplicateCounts | None = None  # in the whole index; None: not looked for
+    # {id: reason} of unchanged items whose record is unusable now: what the index held stays.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_index(
@@ -78,8 +82,9 @@ def build_index(
     """Compute one row for every image of `source` and write them as an index to `out`.
 
     Where an index is, it is added to: a record that it holds unchanged costs nothing, one that has
-    changed takes the place of the older. Nothing is seen of an ingest before its end; one that was
-    cut short goes on where it was when it is run again, and ends in the same bytes.
+    changed takes the place of the older, unless it is unusable. Nothing is seen of an ingest before
+    its end; one that was cut short goes on where it was when it is run again, and ends in the same
+    bytes.
 
     Args:
         source: Parquet file, folder of Parquet files, or folder of images with captions.
@@ -108,7 +113,7 @@ def build_index(
 
     Raises:
         SourceError: nothing to read, or nothing usable in it; the ingest is then discarded. Or the
-            ingest that was cut short is another one.
+            ingest that was cut short is another one, or the source changed meanwhile.
         ModelError, IndexStoreError: the recipe or the output folder cannot be used.
         DeviceError: a device cannot go on, or workers of the cluster were lost again and again.
         ClusterError: no Ray, no cluster, or no room in it.
@@ -132,6 +137,7 @@ def build_index(
             if before.manifest.rows:
                 check_columns(before, items.extra_schema)
         asked = Job(
+            id=secrets.token_hex(8) if begun is None else begun.id,
             label=items.label,
             signature=items.signature(None if begun is None else dict(begun.signature)),
             where=where,
@@ -155,6 +161,12 @@ def build_index(
             batch_size = batch_size or width
             journal = Journal(out, replace(asked, width=width), items.extra_schema)
             resumed = _run(workers, journal, len(items), batch_size, progress)
+        now = items.signature(dict(journal.job.signature))
+        if reason := difference(dict(journal.job.signature), now):
+            raise SourceError(
+                f"the source {items.label} changed while it was ingested: {reason}; put it back as "
+                "it was and run the ingest again, or add --restart to begin anew with what it is"
+            )
         sealed = seal(
             writer,
             before,
@@ -165,6 +177,7 @@ def build_index(
                 "execution": asdict(execution),
                 "resumed": resumed,
             },
+            content_keyed=items.content_keyed,
         )
         return IngestSummary(
             folder=out,
@@ -176,6 +189,7 @@ def build_index(
             unchanged=sealed.unchanged,
             replaced=sealed.replaced,
             duplicates=sealed.duplicates,
+            kept=sealed.kept,
         )
 
 
@@ -251,7 +265,7 @@ def _opened_workers(
     if cluster is None:
         with open_devices(engine, execution, devices, choose=choose) as ready:
             names = list(devices or [str(engine.model.device)])
-            yield Worker(items, ready, Held(before), names)
+            yield Worker(items, ready, Held(before, content_keyed=items.content_keyed), names)
         return
     (kind,) = devices or ()
     task = Task(

@@ -64,12 +64,13 @@ def delete(
         ids: item ids; those deleted before do no harm. Give this or `where`.
 
     Raises:
-        IndexStoreError: no index, a bad `where`, ids that it does not hold, or another process is
-            writing.
+        IndexStoreError: no index, a bad `where`, ids that it does not hold, another process is
+            writing, or an ingest into it is unfinished.
     """
     if (where is None) == (ids is None):
         raise IndexStoreError("give --where or --ids, one of them, to say what to delete")
     with IndexWriter.open(index) as writer:
+        _check_settled(writer, "delete")
         before = StoredIndex(writer.folder, writer.manifest)
         if where is not None:
             wanted = filter_positions(before.items(), where)
@@ -97,11 +98,7 @@ def compact(index: str | Path) -> Compaction:
         IndexStoreError: no index, another process is writing, or an ingest into it is unfinished.
     """
     with IndexWriter.open(index) as writer:
-        if writer.unfinished_job():
-            raise IndexStoreError(
-                f"an ingest into {index} is unfinished; run it again to its end, "
-                "or begin it anew with --restart, then compact"
-            )
+        _check_settled(writer, "compact")
         stored = StoredIndex(writer.folder, writer.manifest)
         removed = stored.deleted_positions
         number, start = stored.manifest.next_part, 0
@@ -120,6 +117,15 @@ def compact(index: str | Path) -> Compaction:
             writer.finish({"removed": len(removed)}, event="compact")
         remaining = stored.manifest.rows - len(removed)
     return Compaction(Path(index), len(removed), remaining, len(rewritten))
+
+
+def _check_settled(writer: IndexWriter, then: str) -> None:
+    """Refuse to change rows that an unfinished ingest refers to by their positions."""
+    if writer.unfinished_job():
+        raise IndexStoreError(
+            f"an ingest into {writer.folder} is unfinished; run it again to its end, "
+            f"or begin it anew with --restart, then {then}"
+        )
 
 
 def _positions_of(stored: StoredIndex, ids: list[str]) -> Int64:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ SHARD_ITEMS = 2048  # records of a range: about 16 MB of rows at 4096 dimensions
 class Job:
     """The contents of `job/job.json`: everything that the rows of an ingest depend on."""
 
+    id: str  # random: what a lost worker of another job writes late is not taken for this one's
     label: str  # the source as given, for messages
     signature: Mapping[str, Any]  # what the source was; see `Source.signature`
     where: str | None
@@ -77,6 +78,8 @@ class Span:
     taken: int  # items of the range that were taken before it
     after: int  # and with it
     unchanged: tuple[int, ...] = ()  # positions in the index of records left as they are
+    # Of these: {id: why not} where the record is unusable now, so that its older row stays.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

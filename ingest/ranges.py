@@ -75,12 +75,24 @@ class Worker:
                 yield Done(batch.span, reasons, batch.bytes_read)
 
     def _keep(self, batch: PreparedBatch, found: BatchRows, journal: Journal) -> list[str]:
-        """Journal a batch without what the index holds already; the reasons of quarantine."""
+        """Journal a batch without what the index holds already; the reasons of quarantine.
+
+        A record that is unusable now takes no usable row away.
+        """
         rows, columns = joined(batch, found)
-        positions = [self._held.still_quarantined(known) for known in columns]
-        new = [place for place, position in enumerate(positions) if position is None]
-        staying = (position for position in positions if position is not None)
-        span = replace(batch.span, unchanged=(*batch.span.unchanged, *staying))
+        staying: dict[int, int] = {}  # {place in the batch: position in the index}
+        kept: dict[str, str] = {}
+        for place, known in enumerate(columns):
+            if (position := self._held.still_quarantined(known)) is not None:
+                staying[place] = position
+            elif (
+                known["error"] and (position := self._held.searchable(known["item_id"])) is not None
+            ):
+                staying[place] = position
+                kept[known["item_id"]] = known["error"]
+        new = [place for place in range(len(columns)) if place not in staying]
+        unchanged = (*batch.span.unchanged, *staying.values())
+        span = replace(batch.span, unchanged=unchanged, kept=kept)
         columns = [columns[place] for place in new]
         journal.commit(span, rows[new], columns, [batch.previews[place] for place in new])
         return [known["error"] for known in columns if known["error"]]

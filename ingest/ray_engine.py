@@ -110,8 +110,9 @@ class RangeWorker:
         task = self._task
         if self._worker is None:  # to read what a large index holds takes a while
             before = None if task.manifest is None else StoredIndex(task.folder, task.manifest)
-            self._worker = Worker(task.source, self._devices, Held(before))
-        journal = Journal(task.folder, job, task.source.extra_schema)
+            held = Held(before, content_keyed=task.source.content_keyed)
+            self._worker = Worker(task.source, self._devices, held)
+        journal = Journal(task.folder, job, task.source.extra_schema, begun=True)
         rest = journal.rest(number)
         if rest.start == rest.stop:  # whoever kept the last of it was lost before it could tell
             yield Done(Span(number, rest.start, rest.stop, rest.taken, rest.taken), (), 0)

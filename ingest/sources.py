@@ -65,6 +65,11 @@ class Source:
         """Which column serves as what."""
         return self.listing.names
 
+    @property
+    def content_keyed(self) -> bool:
+        """Whether a record is identified by its image and caption, having no id and no path."""
+        return self.names.id is None and not self.listing.keyed_by_uri
+
     @cached_property
     def extra_schema(self) -> pa.Schema:
         """Names and types of `SourceItem.extra`, so that every batch of items has one schema."""

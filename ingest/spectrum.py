@@ -12,9 +12,9 @@ from headwater.attribution import Gram, dual_curvature
 from headwater.index import StoredIndex
 
 Int64 = npt.NDArray[np.int64]
-# Subtracting leaves the rounding of what was there before: 1e-16 of it. Beyond this share of it
-# being gone, that is too much of what remains.
-_MOST_REMOVED = 1 - 1e-6
+# Subtracting leaves the rounding of what was there before: 1e-16 of it. With less than this share
+# of the largest trace since the sum was made, that is too much of what remains.
+_LEAST_LEFT = 1e-6
 
 
 def curvature_arrays(
@@ -36,28 +36,40 @@ def curvature_arrays(
     if count < dim:
         rows = [block for _, block in after.blocks(weighted=False)]
         return dual_curvature(torch.from_numpy(np.concatenate(rows))).arrays()
-    gram = _updated(after, before) if before is not None else None
-    if gram is None:
+    updated = _updated(after, before) if before is not None else None
+    if updated is not None:
+        gram, peak = updated
+    else:
         gram = Gram(dim)
         _add(gram, after, after.ok_positions)
-    return {"gram": gram.matrix.numpy()} | gram.curvature().arrays()
+        peak = _trace(gram)
+    kept = {"gram": gram.matrix.numpy(), "gram_peak": np.array(peak)}
+    return kept | gram.curvature().arrays()
 
 
-def _updated(after: StoredIndex, before: StoredIndex) -> Gram | None:
-    """The Gram matrix by the difference of two states; None where that is not exact enough."""
-    stored = before.curvature().get("gram")
-    if stored is None:
-        return None
-    removed = np.setdiff1d(before.ok_positions, after.ok_positions)
-    if _squares(before, removed) > _MOST_REMOVED * _squares(before, before.ok_positions):
+def _updated(after: StoredIndex, before: StoredIndex) -> tuple[Gram, float] | None:
+    """The Gram matrix by the difference of two states, and the largest trace that it had since it
+    was summed from rows; None where that is not exact enough, or not known.
+    """
+    stored = before.curvature()
+    if "gram_peak" not in stored or "gram" not in stored:
         return None
     gram = Gram(after.manifest.dim)
-    gram.matrix = torch.from_numpy(np.array(stored))
+    gram.matrix = torch.from_numpy(np.array(stored["gram"]))
     gram.rows = len(before.ok_positions)
-    _add(gram, after, np.setdiff1d(after.ok_positions, before.ok_positions))
+    added = np.setdiff1d(after.ok_positions, before.ok_positions)
+    peak = max(float(stored["gram_peak"]), _trace(gram) + _squares(after, added))
+    if _squares(after, after.ok_positions) < _LEAST_LEFT * peak:
+        return None
+    _add(gram, after, added)
+    removed = np.setdiff1d(before.ok_positions, after.ok_positions)
     for _, block in before.blocks(positions=removed, weighted=False):
         gram.remove(torch.from_numpy(block))
-    return gram
+    return gram, peak
+
+
+def _trace(gram: Gram) -> float:
+    return float(gram.matrix.trace())
 
 
 def _add(gram: Gram, index: StoredIndex, positions: Int64) -> None:

@@ -148,10 +148,11 @@ def test_what_is_new_is_added_and_what_changed_is_replaced(
     table = edited(table, "licence", {20: "CC0-1.0"})
     computed.clear()
     summary = run(written(tmp_path / "b.parquet", table), model, tmp_path / "idx")
-    replaced = {f"img-{place:03d}" for place in (2, 4, 8, 11, 20)}
+    replaced = {f"img-{place:03d}" for place in (2, 4, 11, 20)}
     assert set(summary.replaced) == replaced
-    assert (summary.items, summary.unchanged) == (COUNT, 25)
+    assert (summary.items, summary.unchanged) == (COUNT, 26)
     assert sum(computed) == 4 + 9  # img-008 is no picture, the tenth new one has a taken id
+    table = edited(table, "image", {8: png(8)})  # what is unusable takes nothing away
     run(written(tmp_path / "b.parquet", table), model, tmp_path / "whole")
     index = StoredIndex.open(tmp_path / "idx")
     items = index.items().take(pa.array(index.live_positions)).sort_by("item_id")
@@ -165,9 +166,12 @@ def test_what_is_new_is_added_and_what_changed_is_replaced(
         assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3 * largest)
     details = json.loads((tmp_path / "idx/ledger.jsonl").read_text().splitlines()[1])["details"]
     assert set(details["replaced"]) == replaced
+    assert details["kept"] == summary.kept
+    assert list(summary.kept) == ["img-008"]
+    assert "not an image" in summary.kept["img-008"]
     assert_answers_are_those_of_the_rows(tmp_path / "idx")
-    previews = index.thumbnails(["img-002", "img-003", "img-008"])
-    assert set(previews) == {"img-002", "img-003"}
+    previews = index.thumbnails(["img-002", "img-003", "img-004", "img-017"])
+    assert set(previews) == {"img-002", "img-003", "img-004"}
     assert previews["img-002"] != StoredIndex.open(tmp_path / "whole").thumbnails(["img-003"])
 
 
@@ -187,13 +191,15 @@ def test_queries_see_the_old_state_until_the_end(tmp_path: Path, model: Model) -
     with pytest.raises(Stopped):
         run(source, model, tmp_path / "idx", progress=look)
     assert answers(tmp_path / "idx") == before
-    deleted = delete(tmp_path / "idx", ids=["img-003"])  # removing cannot wait
-    assert deleted.remaining == 19
-    with pytest.raises(IndexStoreError, match=r"an ingest into .* is unfinished"):
+    # It refers to rows by their positions, and to what it found of them.
+    with pytest.raises(IndexStoreError, match=r"an ingest into .* is unfinished.* then delete"):
+        delete(tmp_path / "idx", ids=["img-003"])
+    with pytest.raises(IndexStoreError, match=r"an ingest into .* is unfinished.* then compact"):
         compact(tmp_path / "idx")
+    assert answers(tmp_path / "idx") == before
     run(source, model, tmp_path / "idx", batch_size=9)
     assert set(answers(tmp_path / "idx")) == {
-        "scale", "rows", *(f"img-{i:03d}" for i in range(COUNT) if i != 3)
+        "scale", "rows", *(f"img-{i:03d}" for i in range(COUNT))
     }  # fmt: skip
 
 
@@ -232,11 +238,29 @@ def test_copies_of_one_content(tmp_path: Path, model: Model) -> None:
     assert run(tmp_path / "a.parquet", model, tmp_path / "idx").unchanged == 5
     changed = edited(twice, "group", {3: "third"})
     summary = run(written(tmp_path / "b.parquet", changed), model, tmp_path / "idx")
-    assert (summary.unchanged, summary.replaced) == (4, (f"{ids[0]}~2",))
+    assert (summary.unchanged, summary.rows, summary.replaced) == (4, 1, ())
     more = pa.concat_tables([changed, edited(twice.slice(0, 1), "group", {0: "fourth"})])
     summary = run(written(tmp_path / "c.parquet", more), model, tmp_path / "idx")
     assert (summary.unchanged, summary.rows, summary.replaced) == (5, 1, ())
-    assert StoredIndex.open(tmp_path / "idx").items()["item_id"].to_pylist()[-1] == f"{ids[0]}~3"
+    index = StoredIndex.open(tmp_path / "idx")
+    assert index.items()["item_id"].to_pylist()[5:] == [f"{ids[0]}~3", f"{ids[0]}~4"]
+    assert index.items()["group"].to_pylist()[3:] == ["other", "odd", "third", "fourth"]
+    assert len(index.live_positions) == 7
+
+
+def test_an_id_that_looks_like_a_copy_is_its_own(tmp_path: Path, model: Model) -> None:
+    """Where ids are given, "a~2" is no copy of "a"."""
+    table = edited(corpus_table(2), "image_id", {0: "a", 1: "a~2"})
+    for column in ("caption", "group", "licence", "rights_holder"):
+        table = edited(table, column, {1: table[column][0].as_py()})
+    run(written(tmp_path / "a.parquet", table), model, tmp_path / "idx")
+    changed = edited(table, "image", {0: table["image"][1].as_py()}).slice(0, 1)
+    summary = run(written(tmp_path / "b.parquet", changed), model, tmp_path / "idx")
+    assert (summary.unchanged, summary.replaced) == (0, ("a",))
+    index = StoredIndex.open(tmp_path / "idx")
+    items = index.items().take(pa.array(index.live_positions))
+    assert items["item_id"].to_pylist() == ["a~2", "a"]
+    assert len(set(items["sha256"].to_pylist())) == 1
 
 
 @pytest.mark.parametrize("what", ["recipe", "columns", "nothing usable"])
@@ -300,18 +324,25 @@ def test_answers_equal_those_of_an_index_never_given_the_rows(tmp_path: Path, mo
         assert names == {"features/part-00000.npy", "features/part-00001.npy"}
 
 
-def test_much_heavier_rows_leave_no_rounding_behind(tmp_path: Path) -> None:
-    """What is subtracted may be a million times what remains."""
-    rows = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
-    rows[:30] *= 1e6
-    ids = [f"i{n:02d}" for n in range(60)]
-    for name, part in (("idx", slice(0, 60)), ("never", slice(30, 60))):
+@pytest.mark.parametrize("scales", [(1, 1e6), (1, 6e2, 3e5)])
+def test_much_heavier_rows_leave_no_rounding_behind(
+    tmp_path: Path, scales: tuple[float, ...]
+) -> None:
+    """What is subtracted may be a million times what remains, at once or by and by."""
+    rows = np.random.default_rng(0).standard_normal((30 * len(scales), 16)).astype(np.float32)
+    rows *= np.repeat(scales, 30).astype(np.float32)[:, None]
+    ids = [f"{n // 30}-{n:02d}" for n in range(len(rows))]
+    for name, part in (("idx", slice(None)), ("never", slice(30))):
         with IndexWriter.create(tmp_path / name, feature_space_id="s", recipe={}, dim=16) as writer:
             writer.add_shard(make_items(ids[part]), rows[part], make_thumbs([]))
             stored = StoredIndex(writer.folder, writer.manifest)
             writer.write_curvature(curvature_arrays(stored))
             writer.finish()
-    delete(tmp_path / "idx", where="item_id < 'i30'")
+    for number in reversed(range(1, len(scales))):
+        delete(tmp_path / "idx", where=f"item_id like '{number}-%'")
+    mine = StoredIndex.open(tmp_path / "idx").curvature()["gram"]
+    never = StoredIndex.open(tmp_path / "never").curvature()["gram"]
+    np.testing.assert_allclose(mine, never, atol=1e-8 * np.abs(never).max())
     assert_same_answers(tmp_path / "idx", tmp_path / "never")
 
 

@@ -22,8 +22,10 @@ from conftest import corpus_table
 from test_index_writer import Crash, crash_at, without_ledger
 
 from headwater import Model, Progress, Recipe, SourceError, build_index
-from headwater.index import IndexStoreError, StoredIndex
+from headwater.index import IndexStoreError, IndexWriter, StoredIndex
 from headwater.ingest import devices, job
+from headwater.ingest.journal import Journal
+from headwater.ingest.plan import Span, read_job
 
 SMALL = Recipe(timesteps=1, dim=48)
 COUNT = 90
@@ -234,6 +236,61 @@ def test_a_lost_batch_is_computed_again(
     assert without_ledger(folder) == unbroken
 
 
+@pytest.mark.parametrize("lost", [slice(-1, None), slice(None)])
+def test_a_range_whose_batches_are_lost_is_not_merged_short(
+    tmp_path: Path, model: Model, source: Path, unbroken: dict[str, bytes], lost: slice
+) -> None:
+    """A file that was written may be gone, or not be seen on a shared disk."""
+    folder, honest = tmp_path / "idx", Journal.merge
+
+    def losing(journal: Journal, number: int) -> None:
+        if number == 1:
+            for path in sorted((folder / "job" / "part-00001").glob("*.arrow"))[lost]:
+                path.unlink()
+        honest(journal, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "merge", losing)
+        with pytest.raises(SourceError, match=r"part-00001 holds records 20 to .* run the ingest"):
+            run(source, model, folder, batch_size=5)
+    assert not (folder / "manifest.json").exists()
+    run(source, model, folder)
+    assert without_ledger(folder) == unbroken
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_damaged_batch_or_part_is_computed_again(
+    tmp_path: Path, model: Model, source: Path, unbroken: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "idx"
+    with pytest.raises(Stopped):
+        run(source, model, folder, batch_size=5, progress=stop_at(65))
+    flip(sorted((folder / "job/part-00003").glob("*.arrow"))[0])
+    flip(folder / "features/part-00001.npy")
+    with pytest.raises(SourceError, match=r"features/part-00001\.npy is gone or damaged"):
+        run(source, model, folder)
+    assert not (folder / "manifest.json").exists()
+    run(source, model, folder)
+    assert without_ledger(folder) == unbroken
+
+
+def test_a_record_that_accounts_for_too_little_is_not_sealed(
+    tmp_path: Path, model: Model, source: Path
+) -> None:
+    with pytest.raises(Stopped):
+        run(source, model, tmp_path / "idx", batch_size=5, progress=stop_at(45))
+    path = tmp_path / "idx/job/part-00000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ids": ["one"]}))
+    with pytest.raises(SourceError, match=r"part-00000.json .* accounts for 1 of 20 records"):
+        run(source, model, tmp_path / "idx")
+    assert not (tmp_path / "idx/manifest.json").exists()
+
+
 def test_repeated_content_is_told_apart_in_order(
     tmp_path: Path, model: Model, source: Path
 ) -> None:
@@ -290,6 +347,48 @@ def test_a_source_that_changed_is_named(tmp_path: Path, model: Model, source: Pa
     with pytest.raises(SourceError, match=r"source .* has changed: c\.parquet has"):
         run(mine, model, tmp_path / "idx")
     shutil.move(mine, tmp_path / "moved.parquet")
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, model: Model, source: Path, unbroken: dict[str, bytes]
+) -> None:
+    mine = Path(shutil.copy(source, tmp_path / "c.parquet"))
+    there = mine.read_bytes()
+
+    def change(progress: Progress) -> None:
+        if progress.done == COUNT:
+            pq.write_table(pq.read_table(source).slice(1), mine, row_group_size=16)
+
+    with pytest.raises(SourceError, match=r"changed while it was ingested: c\.parquet has"):
+        run(mine, model, tmp_path / "idx", batch_size=5, progress=change)
+    assert not (tmp_path / "idx/manifest.json").exists()
+    mine.write_bytes(there)
+    seen: list[Progress] = []
+    run(mine, model, tmp_path / "idx", progress=seen.append)
+    assert seen == []  # all of it was kept
+    assert without_ledger(tmp_path / "idx") == unbroken
+
+
+def test_what_another_job_writes_late_is_ignored(
+    tmp_path: Path, model: Model, source: Path
+) -> None:
+    """A worker that was lost may write on after its job was discarded."""
+    folder = tmp_path / "idx"
+    begun(source, model, folder, where="licence = 'MIT'")
+    late = {path: path.read_bytes() for path in folder.glob("job/part-00000/*.arrow")}
+    old = read_job(folder)
+    assert old is not None
+    journal = Journal(folder, old, pa.schema([]), begun=True)
+    IndexWriter.create(folder, feature_space_id="any", recipe={}, dim=SMALL.dim).discard_job()
+    with pytest.raises(SourceError, match="job is gone: the ingest was ended or discarded"):
+        journal.commit(Span(0, 0, 1, 0, 0, (0,)), np.zeros((0, SMALL.dim), np.float32), [], [])
+    assert not (folder / "job").exists()
+    begun(source, model, folder, where="licence <> 'MIT'", restart=True)
+    for path, content in late.items():
+        path.write_bytes(content)
+    run(source, model, folder, where="licence <> 'MIT'")
+    run(source, model, tmp_path / "fresh", where="licence <> 'MIT'", batch_size=5)
+    assert without_ledger(folder) == without_ledger(tmp_path / "fresh")
 
 
 def test_a_full_disk_keeps_what_is_done(
