@@ -239,15 +239,19 @@ def test_copies_of_one_content(tmp_path: Path, model: Model) -> None:
     assert StoredIndex.open(tmp_path / "idx").items()["item_id"].to_pylist()[-1] == f"{ids[0]}~3"
 
 
-@pytest.mark.parametrize("what", ["recipe", "columns", "nothing usable"])
+@pytest.mark.parametrize("what", ["recipe", "columns", "numbers", "nothing usable"])
 def test_what_cannot_be_added_leaves_the_index_whole(
     tmp_path: Path, model: Model, what: str
 ) -> None:
-    run(written(tmp_path / "a.parquet", corpus_table(10)), model, tmp_path / "idx")
+    posts = pa.array([2**60 + n for n in range(10)])
+    first = corpus_table(10).append_column("post", posts)
+    run(written(tmp_path / "a.parquet", first), model, tmp_path / "idx")
     before = without_ledger(tmp_path / "idx")
     table, settings = corpus_table(COUNT).slice(10), {}
     if what == "recipe":
         settings = {"recipe": Recipe(timesteps=1, dim=32)}
+    elif what == "numbers":
+        table = table.append_column("post", pa.array([0.5] * 30))
     elif what == "columns":
         table = table.set_column(3, "group", pa.array([[1]] * 30))
     else:
@@ -255,6 +259,7 @@ def test_what_cannot_be_added_leaves_the_index_whole(
     message = {
         "recipe": r"another feature space; different: recipe.dim \(32 against 16\)",
         "columns": "its items do not fit",
+        "numbers": "column 'post' holds double here and int64 there",
         "nothing usable": "no usable image",
     }[what]
     with pytest.raises((IndexStoreError, SourceError), match=message):
