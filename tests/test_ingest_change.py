@@ -335,6 +335,26 @@ def test_everything_can_be_deleted_and_something_added_again(tmp_path: Path, mod
     assert StoredIndex.open(tmp_path / "idx").manifest.shards[0].name == "part-00002"
 
 
+@pytest.mark.parametrize("kind", ["features", "items", "thumbs"])
+def test_compact_hides_no_damage(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "licence=MIT"
+    shutil.copytree(VERSION_1, folder)
+    ids = StoredIndex.open(folder).items()["item_id"].to_pylist()
+    delete(folder, ids=ids[:1])
+    whole = shutil.copytree(folder, tmp_path / "a=b")
+    (path,) = (folder / kind).glob("part-00000.*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(IndexStoreError, match=f"{kind}/part-00000.* is not what was written"):
+        compact(folder)
+    assert path.read_bytes() == content
+    assert StoredIndex.open(folder).manifest.deleted == 1
+    compact(whole)
+    columns = StoredIndex.open(VERSION_1).items().column_names
+    assert StoredIndex.open(whole).items().column_names == columns
+
+
 def test_ids_that_are_not_there_delete_nothing(tmp_path: Path, model: Model) -> None:
     run(written(tmp_path / "a.parquet", corpus_table(10)), model, tmp_path / "idx")
     before = without_ledger(tmp_path / "idx")
