@@ -101,8 +101,14 @@ def merged_schema(name: str, earlier: pa.Schema | None, schema: pa.Schema) -> pa
         merged = pa.unify_schemas([earlier, schema], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         merged = None
+    spelled = {known.lower(): known for known in earlier.names}
     for field in schema:
         if field.name not in earlier.names:
+            if known := spelled.get(field.name.lower()):
+                raise IndexStoreError(
+                    f"{name}: its column {field.name!r} differs from {known!r} of earlier shards "
+                    "only in case, which DuckDB does not tell apart; rename it"
+                )
             continue
         kinds = (earlier.field(field.name).type, field.type)
         if kinds[0] == kinds[1]:

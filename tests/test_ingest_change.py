@@ -239,7 +239,7 @@ def test_copies_of_one_content(tmp_path: Path, model: Model) -> None:
     assert StoredIndex.open(tmp_path / "idx").items()["item_id"].to_pylist()[-1] == f"{ids[0]}~3"
 
 
-@pytest.mark.parametrize("what", ["recipe", "columns", "numbers", "nothing usable"])
+@pytest.mark.parametrize("what", ["recipe", "columns", "numbers", "case", "nothing usable"])
 def test_what_cannot_be_added_leaves_the_index_whole(
     tmp_path: Path, model: Model, what: str
 ) -> None:
@@ -250,6 +250,8 @@ def test_what_cannot_be_added_leaves_the_index_whole(
     table, settings = corpus_table(COUNT).slice(10), {}
     if what == "recipe":
         settings = {"recipe": Recipe(timesteps=1, dim=32)}
+    elif what == "case":
+        table = table.rename_columns([*table.column_names[:3], "Group", *table.column_names[4:]])
     elif what == "numbers":
         table = table.append_column("post", pa.array([0.5] * 30))
     elif what == "columns":
@@ -259,6 +261,7 @@ def test_what_cannot_be_added_leaves_the_index_whole(
     message = {
         "recipe": r"another feature space; different: recipe.dim \(32 against 16\)",
         "columns": "its items do not fit",
+        "case": "column 'Group' differs from 'group' of earlier shards only in case",
         "numbers": "column 'post' holds double here and int64 there",
         "nothing usable": "no usable image",
     }[what]
