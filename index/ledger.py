@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from typing import Any
 
 FILE_NAME = "ledger.jsonl"
 NO_PREVIOUS = "0" * 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def append(folder: Path, event: str, details: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def append(folder: Path, event: str, details: Mapping[str, Any]) -> dict[str, An
         entry: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": event,
-            "details": dict(details),
+            "details": encodable(details),
             "previous": hashlib.sha256(lines[-1]).hexdigest() if lines else NO_PREVIOUS,
         }
         entry["hash"] = hashlib.sha256(_canonical(entry)).hexdigest()
@@ -43,6 +45,16 @@ def append(folder: Path, event: str, details: Mapping[str, Any]) -> dict[str, An
         file.flush()
         os.fsync(file.fileno())
     return entry
+
+
+def encodable(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `details` as a ledger can hold them: JSON in UTF-8.
+
+    The bytes of a path that are no UTF-8 are lone surrogates in Python; they are spelled out.
+    """
+    text = json.dumps(dict(details), allow_nan=False, ensure_ascii=False)
+    plain = _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
+    return dict(json.loads(plain))
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

@@ -92,19 +92,60 @@ def merged_schema(name: str, earlier: pa.Schema | None, schema: pa.Schema) -> pa
     """Return the common schema of the items so far and of `name`: readers lay them end to end.
 
     Raises:
-        IndexStoreError: a column has two types that do not go together.
+        IndexStoreError: a column has two types, and not every value of one is one of the other.
     """
     schema = schema.remove_metadata()
     if earlier is None:
         return schema
     try:
-        return pa.unify_schemas([earlier, schema], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise IndexStoreError(
-            f"{name}: its items do not fit those of earlier shards ({reason}); "
-            "give each column one type throughout the source"
-        ) from error
+        merged = pa.unify_schemas([earlier, schema], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        merged = None
+    spelled = {known.lower(): known for known in earlier.names}
+    for field in schema:
+        if field.name not in earlier.names:
+            if known := spelled.get(field.name.lower()):
+                raise IndexStoreError(
+                    f"{name}: its column {field.name!r} differs from {known!r} of earlier shards "
+                    "only in case, which DuckDB does not tell apart; rename it"
+                )
+            continue
+        kinds = (earlier.field(field.name).type, field.type)
+        if kinds[0] == kinds[1]:
+            continue
+        if merged is None or not all(_widens(k, merged.field(field.name).type) for k in kinds):
+            raise IndexStoreError(
+                f"{name}: its items do not fit those of earlier shards (column {field.name!r} "
+                f"holds {kinds[1]} here and {kinds[0]} there); store it as {kinds[0]}, "
+                "or under another name"
+            )
+    return merged
+
+
+def _widens(narrow: pa.DataType, wide: pa.DataType) -> bool:
+    """Whether every value of one type is one of the other: a reader converts without looking."""
+    if narrow == wide or pa.types.is_null(narrow):
+        return True
+    for kind in (
+        *(pa.types.is_signed_integer, pa.types.is_unsigned_integer, pa.types.is_floating),
+        lambda found: pa.types.is_string(found) or pa.types.is_large_string(found),
+    ):
+        if kind(narrow) and kind(wide):
+            return True  # what both were unified to is the wider one
+    parts = {field.name: field.type for field in _parts(wide)}
+    return (
+        narrow.id == wide.id
+        and bool(parts)
+        and all(
+            field.name in parts and _widens(field.type, parts[field.name])
+            for field in _parts(narrow)
+        )
+    )
+
+
+def _parts(kind: pa.DataType) -> list[pa.Field]:
+    """The fields of a struct, list or map."""
+    return [kind.field(number) for number in range(kind.num_fields)]
 
 
 def stored_size(table: pa.Table) -> int:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from . import duplicates, ledger
+from .agreement import disagreeing_types
 from .duck import connect_items, position_name
 from .errors import IndexStoreError
 from .files import sha256_of
@@ -121,6 +122,8 @@ def _verify(folder: Path, progress: Callable[[int, int], None]) -> Verification:
             files += count
             read += size
             progress(read, total)
+    if not any(damage.file.startswith("items/") for damage in damaged):
+        damaged += [Damage(*found) for found in disagreeing_types(folder, manifest)]
     if manifest.shards and not any(_matters_to_ids(damage.file) for damage in damaged):
         damaged += _check_unique(StoredIndex(folder, manifest))
         damaged += _check_duplicates(StoredIndex(folder, manifest), damaged)

@@ -262,7 +262,7 @@ class IndexWriter:
         line = {
             "event": event,
             "details": {
-                **(details or {}),
+                **ledger.encodable(details or {}),  # before the commit: it cannot fail after it
                 "feature_space_id": manifest.feature_space_id,
                 "generation": manifest.generation,
                 "rows": manifest.rows - manifest.deleted,

@@ -48,8 +48,16 @@ class ColumnNames:
 def find_columns(schema: pa.Schema, asked: ColumnNames, label: str) -> ColumnNames:
     """Return `asked` with every gap filled by convention from `schema`, where a column fits.
 
-    Raises SourceError when a column asked for does not exist or cannot serve.
+    Raises SourceError when a column asked for does not exist or cannot serve, or when two names
+    differ only in case.
     """
+    spelled: dict[str, str] = {}
+    for name in schema.names:
+        if (other := spelled.setdefault(name.lower(), name)) != name:
+            raise SourceError(
+                f"columns {other!r} and {name!r} of {label} differ only in case, "
+                "which DuckDB does not tell apart; rename one"
+            )
     found: dict[str, str | None] = {}
     for role, name in asdict(asked).items():
         if name is None:
@@ -130,7 +138,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _by_convention(schema: pa.Schema, role: str) -> str | None:
-    by_lower: dict[str, str] = {name.lower(): name for name in reversed(schema.names)}
+    by_lower: dict[str, str] = {name.lower(): name for name in schema.names}
     for candidate in CONVENTIONS[role]:
         name = by_lower.get(candidate)
         if name is not None and _serves(role, schema.field(name).type):

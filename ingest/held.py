@@ -16,6 +16,7 @@ from headwater.index import StoredIndex, merged_schema
 
 from .columns import RESERVED
 from .sources import SourceItem
+from .tables import items_schema
 
 _COMPARED = ("caption", "licence", "rights_holder", "source")
 
@@ -105,8 +106,7 @@ class Held:
 
 def check_columns(stored: StoredIndex, extra: pa.Schema) -> None:
     """Refuse a source whose columns have other types than those of the same name in the index."""
-    kept = [field for field in stored.items().schema if field.name in extra.names]
-    merged_schema("the source", pa.schema(kept), extra)
+    merged_schema("the source", stored.item_schema, items_schema(extra))
 
 
 def _equal(left: Any, right: Any) -> bool:

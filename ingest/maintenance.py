@@ -23,6 +23,7 @@ from headwater.index import (
     part_name,
     write_part,
 )
+from headwater.index.files import sha256_of
 
 from .spectrum import curvature_arrays
 
@@ -95,7 +96,8 @@ def compact(index: str | Path) -> Compaction:
     The order of the remaining items stays, and with it every answer and what is a duplicate.
 
     Raises:
-        IndexStoreError: no index, another process is writing, or an ingest into it is unfinished.
+        IndexStoreError: no index, another process is writing, an ingest into it is unfinished, or
+            a part that is to be written anew is damaged.
     """
     with IndexWriter.open(index) as writer:
         _check_settled(writer, "compact")
@@ -145,9 +147,16 @@ def _positions_of(stored: StoredIndex, ids: list[str]) -> Int64:
 
 def _without(stored: StoredIndex, shard: Shard, kept: Int64, name: str) -> Shard:
     """The part with the rows `kept` alone, under another name."""
+    for path, digest in shard.files.items():  # a new digest would hide what is wrong with the old
+        if sha256_of(stored.folder / path) != digest:
+            raise IndexStoreError(
+                f"{stored.folder / path} is not what was written: its sha256 is another; "
+                "nothing was compacted. Put the file back from a copy, or ingest again"
+            )
     _, items_path, thumbs_path = part_files(shard.name)
-    items = pq.read_table(stored.folder / items_path).take(pa.array(kept))
-    thumbs = pq.read_table(stored.folder / thumbs_path)
+    # Not pq.read_table: it would add a column for a folder named like `licence=MIT`.
+    items = pq.ParquetFile(stored.folder / items_path).read().take(pa.array(kept))
+    thumbs = pq.ParquetFile(stored.folder / thumbs_path).read()
     thumbs = thumbs.filter(pc.is_in(thumbs["item_id"], items["item_id"]))
     encoded = EncodedRows(items, np.ascontiguousarray(stored.features(shard)[kept]))
     return write_part(stored.folder, name, encoded, thumbs)

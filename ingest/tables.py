@@ -51,9 +51,14 @@ def _unusable(row: npt.NDArray[np.float32], weight: float, norm: float) -> str |
     return None
 
 
+def items_schema(extra: pa.Schema) -> pa.Schema:
+    """The columns of items, of which the user's are `extra`."""
+    return pa.schema([*_BEFORE_EXTRA, *extra, *_AFTER_EXTRA])
+
+
 def items_table(items: Sequence[dict[str, Any]], extra: pa.Schema) -> pa.Table:
     """The items of a shard, user columns in the types that the source gave them."""
-    schema = pa.schema([*_BEFORE_EXTRA, *extra, *_AFTER_EXTRA])
+    schema = items_schema(extra)
     arrays = []
     for field in schema:
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from headwater.index import (
     IndexStoreError,
     IndexWriter,
     StoredIndex,
+    merged_schema,
     read_manifest,
     stored_size,
 )
@@ -180,6 +183,64 @@ def test_shards_with_a_column_of_only_nulls_lie_end_to_end(tmp_path: Path) -> No
     writer.finish()
     items = StoredIndex.open(tmp_path / "idx").items()
     assert items["licence"].to_pylist() == [None, "CC0-1.0"]
+
+
+def types_in_turn() -> list[pa.DataType]:
+    struct, texts = pa.struct([("a", pa.int64())]), pa.list_(pa.string())
+    return [
+        *(pa.null(), pa.bool_(), pa.int8(), pa.int32(), pa.int64(), pa.uint8(), pa.uint64()),
+        *(pa.float32(), pa.float64(), pa.string(), pa.large_string(), pa.binary(), pa.date32()),
+        *(pa.timestamp("ms"), pa.timestamp("ns"), pa.decimal128(10, 2), pa.decimal128(22, 2)),
+        *(pa.list_(pa.int32()), pa.list_(pa.int64()), pa.list_(pa.null()), texts, struct),
+        *(pa.struct([("a", pa.int32()), ("b", texts)]), pa.struct([("a", pa.float64())])),
+    ]
+
+
+def extremes(kind: pa.DataType) -> pa.Array:
+    """Values of a type that other types may not hold."""
+    if pa.types.is_integer(kind):
+        limits = np.iinfo(kind.to_pandas_dtype())
+        return pa.array([limits.min, limits.max], kind)
+    if pa.types.is_timestamp(kind):
+        year = {"ms": 9000, "ns": 2000}[kind.unit]
+        return pa.array([np.datetime64(f"{year}-01-01T00:00:00.001", kind.unit)] * 2, kind)
+    if pa.types.is_decimal(kind):
+        return pa.array([Decimal(10) ** (kind.precision - kind.scale - 1), None], kind)
+    if pa.types.is_list(kind):
+        return pa.array([extremes(kind.value_type).to_pylist(), []], kind)
+    if pa.types.is_struct(kind):
+        children = [extremes(field.type) for field in kind]
+        return pa.StructArray.from_arrays(children, fields=list(kind))
+    by_name: dict[str, list[Any]] = {
+        "null": [None, None], "bool": [True, False], "float": [0.5, -1e38],
+        "double": [0.1, 1e300], "date32[day]": [0, 20_000], "binary": [b"\xff", b""],
+    }  # fmt: skip
+    return pa.array(by_name.get(str(kind), ["x", "y"]), kind)
+
+
+def test_columns_of_two_types_come_back_as_they_were_or_are_refused() -> None:
+    taken = set()
+    for kind, other in itertools.permutations(types_in_turn(), 2):
+        first, second = (pa.table({"x": extremes(one)}) for one in (kind, other))
+        try:
+            merged_schema("new", first.schema, second.schema)
+        except IndexStoreError as error:
+            assert f"column 'x' holds {other} here and {kind} there" in str(error)  # noqa: PT017
+            continue
+        taken.add((str(kind), str(other)))
+        # What a reader does.
+        found = pa.concat_tables([first, second], promote_options="permissive")["x"].to_pylist()
+        wanted = first["x"].to_pylist() + second["x"].to_pylist()
+        for value, given in zip(found, wanted, strict=True):
+            same = {k: value[k] for k in given} if isinstance(given, dict) else value
+            assert same == given
+    for pair in itertools.permutations(["int8", "int32", "int64"], 2):
+        assert pair in taken
+    for pair in (("uint8", "uint64"), ("float", "double"), ("string", "large_string")):
+        assert {pair, pair[::-1]} <= taken
+    assert ("null", "list<item: int64>") in taken
+    assert ("list<item: int32>", "list<item: int64>") in taken
+    assert {pair for pair in taken if "bool" in pair} == {("null", "bool"), ("bool", "null")}
 
 
 @pytest.mark.parametrize(

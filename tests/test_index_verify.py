@@ -385,6 +385,22 @@ def test_items_that_do_not_fit(
     assert problem in found.damaged[0].problem
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(pa.array([2**60] * 4), pa.array([0.5] * 11)), (pa.array([1] * 4), pa.array(["x"] * 11))],
+)
+def test_columns_that_cannot_be_read_together(index: Path, first: pa.Array, second: Any) -> None:
+    for part, values in ((1, first), (2, second)):
+        name = f"items/part-0000{part}.parquet"
+        forge(index, name, parquet(pq.read_table(index / name).append_column("post", values)))
+        (index / "ledger.jsonl").write_bytes(b"")
+    with pytest.raises(pa.ArrowException):
+        StoredIndex.open(index).items()
+    found = verify(index)
+    assert len(named(found)) == 2  # the ledger, which the forgery took away
+    assert "do not fit those of the other parts" in found.damaged[0].problem
+
+
 def test_an_id_may_stand_again_on_a_deleted_row(index: Path) -> None:
     name = "items/part-00001.parquet"
     table = pq.read_table(index / name)  # positions 5 to 8; 0 and 7 are deleted

@@ -29,8 +29,10 @@ from headwater.index import (
     StoredIndex,
     encode_items,
     files,
+    ledger,
     scores,
     search,
+    verify,
     write_part,
 )
 
@@ -149,6 +151,19 @@ def test_parts_are_appended_and_replaced_in_place(tmp_path: Path) -> None:
     assert (first.tolist(), last.tolist()) == ([0, 2, 3, 4], [5])
     np.testing.assert_array_equal(found, rows[[0, 2, 3, 4]])
     assert not (tmp_path / "idx/features/part-00001.npy").exists()
+
+
+def test_a_path_that_is_no_utf8_is_noted_spelled_out(tmp_path: Path) -> None:
+    source = os.fsdecode(b"corpus\xff/caf\xc3\xa9")
+    with new_writer(tmp_path / "idx") as writer:
+        writer.add_shard(make_items(["a"]), make_rows(1), make_thumbs(["a"]))
+        writer.finish({"source": source, source: [1.5, None]})
+    StoredIndex.open(tmp_path / "idx").append_ledger("query", {"prompt": source})
+    spelled = "corpus\\udcff/café"
+    first, second = (line["details"] for line in ledger.entries(tmp_path / "idx"))
+    assert (first["source"], first[spelled], second["prompt"]) == (spelled, [1.5, None], spelled)
+    assert not verify(tmp_path / "idx").damaged
+    assert not (tmp_path / "idx" / "commit.json").exists()
 
 
 def test_a_version_1_index_opens_and_is_rewritten_by_its_first_writer(tmp_path: Path) -> None:

@@ -263,15 +263,21 @@ def test_an_id_that_looks_like_a_copy_is_its_own(tmp_path: Path, model: Model) -
     assert len(set(items["sha256"].to_pylist())) == 1
 
 
-@pytest.mark.parametrize("what", ["recipe", "columns", "nothing usable"])
+@pytest.mark.parametrize("what", ["recipe", "columns", "numbers", "case", "nothing usable"])
 def test_what_cannot_be_added_leaves_the_index_whole(
     tmp_path: Path, model: Model, what: str
 ) -> None:
-    run(written(tmp_path / "a.parquet", corpus_table(10)), model, tmp_path / "idx")
+    posts = pa.array([2**60 + n for n in range(10)])
+    first = corpus_table(10).append_column("post", posts)
+    run(written(tmp_path / "a.parquet", first), model, tmp_path / "idx")
     before = without_ledger(tmp_path / "idx")
     table, settings = corpus_table(COUNT).slice(10), {}
     if what == "recipe":
         settings = {"recipe": Recipe(timesteps=1, dim=32)}
+    elif what == "case":
+        table = table.rename_columns([*table.column_names[:3], "Group", *table.column_names[4:]])
+    elif what == "numbers":
+        table = table.append_column("post", pa.array([0.5] * 30))
     elif what == "columns":
         table = table.set_column(3, "group", pa.array([[1]] * 30))
     else:
@@ -279,6 +285,8 @@ def test_what_cannot_be_added_leaves_the_index_whole(
     message = {
         "recipe": r"another feature space; different: recipe.dim \(32 against 16\)",
         "columns": "its items do not fit",
+        "case": "column 'Group' differs from 'group' of earlier shards only in case",
+        "numbers": "column 'post' holds double here and int64 there",
         "nothing usable": "no usable image",
     }[what]
     with pytest.raises((IndexStoreError, SourceError), match=message):
@@ -359,6 +367,26 @@ def test_everything_can_be_deleted_and_something_added_again(tmp_path: Path, mod
     run(source, model, tmp_path / "idx")
     assert answers(tmp_path / "idx") == before
     assert StoredIndex.open(tmp_path / "idx").manifest.shards[0].name == "part-00002"
+
+
+@pytest.mark.parametrize("kind", ["features", "items", "thumbs"])
+def test_compact_hides_no_damage(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "licence=MIT"
+    shutil.copytree(VERSION_1, folder)
+    ids = StoredIndex.open(folder).items()["item_id"].to_pylist()
+    delete(folder, ids=ids[:1])
+    whole = shutil.copytree(folder, tmp_path / "a=b")
+    (path,) = (folder / kind).glob("part-00000.*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(IndexStoreError, match=f"{kind}/part-00000.* is not what was written"):
+        compact(folder)
+    assert path.read_bytes() == content
+    assert StoredIndex.open(folder).manifest.deleted == 1
+    compact(whole)
+    columns = StoredIndex.open(VERSION_1).items().column_names
+    assert StoredIndex.open(whole).items().column_names == columns
 
 
 def test_ids_that_are_not_there_delete_nothing(tmp_path: Path, model: Model) -> None:

@@ -244,6 +244,12 @@ def test_reserved_and_binary_columns(tmp_path: Path, caplog: pytest.LogCaptureFi
     }
 
 
+def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "c.parquet", 1, Group=["a"], group=["b"])
+    with pytest.raises(SourceError, match=r"'Group' and 'group' of .* differ only in case"):
+        open_source(tmp_path / "c.parquet")
+
+
 def test_column_flags_overrule_conventions(tmp_path: Path) -> None:
     columns: dict[str, Any] = {
         "alt": ["x", "y"],
