@@ -16,8 +16,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".writing")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        # Exclusive: never through a link that a folder from elsewhere holds under this name.
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
