@@ -24,6 +24,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -169,10 +170,10 @@ class Accelerator:
         """
         folder = index.folder / derived.FOLDER / index.caches / _kind(metric)
         try:
-            whitening = _kept_whitening(folder)
+            whitening = _kept_whitening(index.folder, folder)
             if whitening is not None:
                 plan = _plan(index, scale, folder)
-                if all(derived.whole(path) for _, _, path in plan):
+                if all(derived.whole(index.folder, path) for _, _, path in plan):
                     return cls(whitening, [_open(first, part, path) for first, part, path in plan])
             with _only_builder(folder):
                 return cls._build(index, scale, metric, folder)
@@ -184,13 +185,14 @@ class Accelerator:
     def _build(
         cls, index: StoredIndex, scale: Float32, metric: Metric, folder: Path
     ) -> Accelerator:
-        whitening = _kept_whitening(folder)
+        whitening = _kept_whitening(index.folder, folder)
         if whitening is None:
             whitening = Whitening.of(index, metric)
             arrays: dict[str, Any] = {"vectors": whitening.vectors, "factors": whitening.factors}
-            derived.keep(folder / _WHITENING, partial(np.savez, allow_pickle=False, **arrays))
+            write = partial(np.savez, allow_pickle=False, **arrays)
+            derived.keep(index.folder, folder / _WHITENING, write)
         plan = _plan(index, scale, folder)
-        missing = [job for job in plan if not derived.whole(job[2])]
+        missing = [job for job in plan if not derived.whole(index.folder, job[2])]
         if missing:
             _log.warning(
                 "building the search accelerator of %s: %d of %d segments, once (--exact does "
@@ -198,7 +200,7 @@ class Accelerator:
             )  # fmt: skip
         for first, part, path in missing:
             codes = _encode(index, whitening, first, part)
-            derived.keep(path, partial(_write, codes))
+            derived.keep(index.folder, path, partial(_write, codes))
         listed = {path.name for _, _, path in plan}
         for path in folder.glob("*.codes"):
             if path.name not in listed:  # of rows that a compaction moved or an append completed
@@ -293,9 +295,9 @@ def _open(first: int, scale: Float32, path: Path) -> Segment:
     return Segment(first, _unit(scale), codes)
 
 
-def _kept_whitening(folder: Path) -> Whitening | None:
+def _kept_whitening(root: Path, folder: Path) -> Whitening | None:
     path = folder / _WHITENING
-    if not derived.whole(path):
+    if not derived.whole(root, path):
         return None
     with np.load(path, allow_pickle=False) as arrays:
         return Whitening(arrays["vectors"], arrays["factors"])
@@ -312,6 +314,10 @@ def _kind(metric: Metric) -> str:
 def _only_builder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; BlockingIOError, an OSError, while another process does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Neither through a link nor emptied: a folder from elsewhere must not reach other files.
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    finally:
+        os.close(descriptor)

@@ -6,6 +6,7 @@ changes no answer, and so does an index folder that cannot be written to.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,13 @@ FOLDER = "faiss"
 _log = logging.getLogger(__name__)
 
 
-def keep(path: Path, write: Callable[[BinaryIO], object]) -> bool:
-    """Write `path` and its checksum; False, with a warning, when the folder does not take them."""
+def keep(root: Path, path: Path, write: Callable[[BinaryIO], object]) -> bool:
+    """Write `path`, in the index folder `root`, and its checksum.
+
+    False, with a warning, when the folder does not take them.
+    """
     try:
+        check_own(root, path)
         digest = write_atomically(path, write)
         write_atomically(checksum(path), lambda file: file.write(digest.encode()))
     except OSError as error:
@@ -28,8 +33,24 @@ def keep(path: Path, write: Callable[[BinaryIO], object]) -> bool:
     return True
 
 
-def whole(path: Path) -> bool:
-    """Say whether `path` is there as it was written; damage gives a warning."""
+def check_own(root: Path, path: Path) -> None:
+    """Raise OSError when `path`, or a folder between it and the index `root`, is a link.
+
+    An index may come from elsewhere: what is written under its faiss/ must stay there.
+    """
+    for step in (path, *path.parents):
+        if step == root:
+            return
+        if step.is_symlink():
+            raise OSError(errno.ELOOP, "is a link, which no cache may be; remove it", str(step))
+
+
+def whole(root: Path, path: Path) -> bool:
+    """Say whether `path` is there as it was written; damage gives a warning.
+
+    Raises OSError when it is no file of the index folder `root`.
+    """
+    check_own(root, path)
     try:
         if not path.exists():
             return False

@@ -19,7 +19,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.writing")
     try:
-        with temporary.open("wb") as file:
+        # Exclusive: never through a link that a folder from elsewhere holds under this name.
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

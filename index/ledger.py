@@ -27,7 +27,9 @@ def append(folder: Path, event: str, details: Mapping[str, Any]) -> dict[str, An
     `previous` is the sha256 of the preceding line (64 zeros on the first one), `hash` the sha256
     of this line's canonical JSON without `hash`. Raises OSError when the folder is not writable.
     """
-    with (folder / FILE_NAME).open("a+b") as file:
+    # Not through a link: a folder from elsewhere must not write to other files of this user.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(folder / FILE_NAME, flags, 0o666), "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # two writers would otherwise hash the same line
         file.seek(0)
         text = file.read()

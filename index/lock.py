@@ -29,7 +29,7 @@ class WriteLock:
         self._descriptor = -1
         while self._descriptor < 0:
             try:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             except OSError as error:
                 raise IndexStoreError(
                     f"{folder} cannot be written to ({error.strerror}); "

@@ -22,6 +22,7 @@ the mean squared length of a row, trace(K) / rows.
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +35,7 @@ from .reader import StoredIndex
 from .rows import Float32
 
 Float64 = npt.NDArray[np.float64]
+_log = logging.getLogger(__name__)
 SIMILARITIES = ("ip", "cosine")
 PRECONDITIONING = ("none", "query", "both")
 _BLOCK_ROWS = 2048
@@ -144,12 +146,17 @@ def _curved_lengths(index: StoredIndex, damping: float) -> Float64:
     for shard in index.manifest.shards:
         key.update(shard.files[f"features/{shard.name}.npy"].encode())
     path = index.folder / derived.FOLDER / f"lengths-{key.hexdigest()[:16]}.npy"
-    if derived.whole(path):
+    try:
+        kept = derived.whole(index.folder, path)
+    except OSError as error:
+        _log.warning("lengths of rows are computed again: %s", error)
+        kept = False
+    if kept:
         stored: Float64 = np.load(path, allow_pickle=False)
         return stored
     curvature = Curvature.of(index)
     everything = np.arange(index.manifest.rows, dtype=np.int64)
     pieces = [curvature.lengths(u, damping) for _, u in index.unit_blocks(everything, _BLOCK_ROWS)]
     lengths = np.concatenate(pieces)
-    derived.keep(path, partial(np.save, arr=lengths, allow_pickle=False))
+    derived.keep(index.folder, path, partial(np.save, arr=lengths, allow_pickle=False))
     return lengths

@@ -306,6 +306,27 @@ def test_a_disk_that_fills_up_means_exact(
     assert not codes(folder)
 
 
+@pytest.mark.parametrize("step", ["faiss", "faiss/all", "faiss/all/ip-query-3/lock"])
+def test_a_link_is_not_followed_to_files_outside(
+    folder: Path, tmp_path: Path, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    outside = tmp_path / "outside"
+    if step.endswith("lock"):
+        outside.write_text("of the user")
+    else:
+        outside.mkdir()
+    (folder / step).parent.mkdir(parents=True, exist_ok=True)
+    (folder / step).symlink_to(outside)
+    index = StoredIndex.open(folder)
+    exact = search(index, asked(), 10, metric=METRIC, exact=True)
+    found = search(index, asked(), 10, metric=METRIC)
+    np.testing.assert_array_equal(exact[1], found[1])
+    assert "every row is looked at" in caplog.text
+    assert (
+        outside.read_text() == "of the user" if outside.is_file() else not list(outside.iterdir())
+    )
+
+
 def test_segments_take_whole_shards() -> None:
     def shards(*sizes: int) -> list[Shard]:
         return [Shard(f"part-{i:05d}", size, 0, {}) for i, size in enumerate(sizes)]

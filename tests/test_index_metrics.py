@@ -193,6 +193,18 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     assert (other != first).any()
 
 
+def test_lengths_are_not_read_or_written_through_a_link(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = write_index(tmp_path / "idx")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "idx" / "faiss").symlink_to(outside)
+    assert (row_scale(index, Metric("cosine", "both")) > 0).any()
+    assert "is a link" in caplog.text
+    assert not list(outside.iterdir())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

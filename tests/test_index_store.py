@@ -19,10 +19,13 @@ from headwater.index import (
     IndexStoreError,
     IndexWriter,
     StoredIndex,
+    ledger,
     merged_schema,
     read_manifest,
     stored_size,
 )
+from headwater.index.files import write_atomically
+from headwater.index.lock import WriteLock
 
 DIM = 24
 RECIPE = {"method": "dtrak", "timesteps": (1, 2)}
@@ -438,3 +441,19 @@ def test_a_ledger_that_cannot_be_written_is_a_warning(
     with caplog.at_level(logging.WARNING):
         index.append_ledger("query", {})
     assert "not noted in the ledger" in caplog.text
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("of the user")
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for name in ("ledger.jsonl", "lock", "table.writing"):
+        (folder / name).symlink_to(outside)
+    with pytest.raises(OSError, match=r"ledger\.jsonl"):
+        ledger.append(folder, "query", {})
+    with pytest.raises(IndexStoreError, match="cannot be written to"):
+        WriteLock(folder)
+    write_atomically(folder / "table", lambda file: file.write(b"new"))
+    assert (folder / "table").read_bytes() == b"new"
+    assert outside.read_text() == "of the user"
