@@ -249,8 +249,11 @@ class Journal:
 
 
 def _read(path: Path, digest: str) -> pa.Table | None:
-    """A batch; None if its bytes are not those that were written."""
-    content = path.read_bytes()
+    """A batch; None if its bytes are not those that were written, or cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
     if hashlib.sha256(content).hexdigest() != digest:
         return None
     return pa.ipc.open_file(content).read_all()
