@@ -30,7 +30,7 @@ from .devices import kind_of, open_devices
 from .errors import SourceError
 from .held import Held, check_columns
 from .journal import Journal
-from .plan import SHARD_ITEMS, Job, check_same, read_job
+from .plan import SHARD_ITEMS, Job, check_same, read_job, write_job
 from .progress import Progress, ProgressCallback
 from .ranges import Worker, Workers
 from .ray_engine import RayCluster, RayWorkers, Task
@@ -161,12 +161,7 @@ def build_index(
             batch_size = batch_size or width
             journal = Journal(out, replace(asked, width=width), items.extra_schema)
             resumed = _run(workers, journal, len(items), batch_size, progress)
-        now = items.signature(dict(journal.job.signature))
-        if reason := difference(dict(journal.job.signature), now):
-            raise SourceError(
-                f"the source {items.label} changed while it was ingested: {reason}; put it back as "
-                "it was and run the ingest again, or add --restart to begin anew with what it is"
-            )
+        _check_unchanged(out, journal.job, items)
         sealed = seal(
             writer,
             before,
@@ -191,6 +186,23 @@ def build_index(
             duplicates=sealed.duplicates,
             kept=sealed.kept,
         )
+
+
+def _check_unchanged(folder: Path, job: Job, items: Source) -> None:
+    """Refuse to finish if the source is no longer what it was at the beginning."""
+    before = dict(job.signature)
+    now = items.signature(before)
+    for name, was in before["files"].items():
+        if was is not None and now["files"].get(name) is None:
+            # What was computed of it is right; another state of it would show at the next attempt.
+            raise SourceError(
+                f"{name} of {job.label} can no longer be read; run the ingest again when it can"
+            )
+    if reason := difference(before, now):
+        # Even put back as it was: rows of what it was meanwhile cannot be told from the others.
+        spoilt = replace(job, spoilt=reason)
+        write_job(folder, spoilt)
+        check_same(folder, spoilt, job)
 
 
 def _opened_writer(out: Path, space: Mapping[str, Any], dim: int) -> IndexWriter:

@@ -141,9 +141,9 @@ class Journal:
         reached = batches[-1].stop if batches else start
         if reached != stop:
             raise SourceError(
-                f"{self._folder / 'job' / self.job.part(number)} holds records {start} to "
-                f"{reached - 1} of {start} to {stop - 1} unbroken: a file that was written is gone "
-                "or damaged; run the ingest again to compute the rest"
+                f"{self._folder / 'job' / self.job.part(number)} lacks records from {reached} on "
+                f"(of {start} to {stop - 1}): a file that was written is gone or damaged; run the "
+                "ingest again to compute the rest"
             )
         filled = [kept.table for kept in batches if kept.table.num_rows]
         unchanged = [position for kept in batches for position in kept.told["unchanged"]]
@@ -249,8 +249,11 @@ class Journal:
 
 
 def _read(path: Path, digest: str) -> pa.Table | None:
-    """A batch; None if its bytes are not those that were written."""
-    content = path.read_bytes()
+    """A batch; None if its bytes are not those that were written, or cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
     if hashlib.sha256(content).hexdigest() != digest:
         return None
     return pa.ipc.open_file(content).read_all()

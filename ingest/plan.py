@@ -42,6 +42,7 @@ class Job:
     items: int  # selected records
     range_items: int
     first_part: int
+    spoilt: str | None = None  # how the source changed while it was read: any row may be of either
 
     @property
     def ranges(self) -> int:
@@ -177,6 +178,11 @@ def check_same(folder: Path, begun: Job, asked: Job) -> None:
     Raises:
         SourceError: names what differs from the job that was begun.
     """
+    if begun.spoilt is not None:
+        raise SourceError(
+            f"the source {begun.label} changed while it was ingested into {folder}: "
+            f"{begun.spoilt}; add --restart to begin anew"
+        )
     if reason := _difference(begun, asked):
         raise SourceError(
             f"the unfinished ingest into {folder} was begun otherwise: {reason}; "

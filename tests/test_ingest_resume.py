@@ -163,7 +163,7 @@ def test_a_crash_at_any_file_ends_in_the_same_bytes(
                 break
             except Crash:
                 pass
-    assert step > 20  # the end of the job alone has so many
+    assert step > 12  # the commit alone has so many: six files
     assert without_ledger(folder) == unbroken
     lines = (folder / "ledger.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["details"]["generation"] == 1
@@ -251,7 +251,9 @@ def test_a_range_whose_batches_are_lost_is_not_merged_short(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "merge", losing)
-        with pytest.raises(SourceError, match=r"part-00001 holds records 20 to .* run the ingest"):
+        with pytest.raises(
+            SourceError, match=r"part-00001 lacks records from \d+ on .*run the ingest"
+        ):
             run(source, model, folder, batch_size=5)
     assert not (folder / "manifest.json").exists()
     run(source, model, folder)
@@ -355,17 +357,29 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     mine = Path(shutil.copy(source, tmp_path / "c.parquet"))
     there = mine.read_bytes()
 
+    def remove(progress: Progress) -> None:
+        if progress.done == COUNT:
+            mine.unlink()
+
+    with pytest.raises(SourceError, match=r"c\.parquet of .* can no longer be read"):
+        run(mine, model, tmp_path / "gone", batch_size=5, progress=remove)
+    mine.write_bytes(there)
+    seen: list[Progress] = []
+    run(mine, model, tmp_path / "gone", progress=seen.append)
+    assert seen == []  # all of it was kept
+    assert without_ledger(tmp_path / "gone") == unbroken
+
     def change(progress: Progress) -> None:
         if progress.done == COUNT:
             pq.write_table(pq.read_table(source).slice(1), mine, row_group_size=16)
 
-    with pytest.raises(SourceError, match=r"changed while it was ingested: c\.parquet has"):
+    with pytest.raises(SourceError, match=r"changed while it was ingested .* c\.parquet has"):
         run(mine, model, tmp_path / "idx", batch_size=5, progress=change)
     assert not (tmp_path / "idx/manifest.json").exists()
-    mine.write_bytes(there)
-    seen: list[Progress] = []
-    run(mine, model, tmp_path / "idx", progress=seen.append)
-    assert seen == []  # all of it was kept
+    mine.write_bytes(there)  # rows may be of what it was meanwhile
+    with pytest.raises(SourceError, match=r"changed while it was ingested .*--restart"):
+        run(mine, model, tmp_path / "idx")
+    run(mine, model, tmp_path / "idx", batch_size=5, restart=True)
     assert without_ledger(tmp_path / "idx") == unbroken
 
 
