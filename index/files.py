@@ -14,7 +14,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
 
     A reader sees the old file or the new one, never a part. Missing parent folders are made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(path.name + ".writing")
     try:
         with temporary.open("wb") as file:
@@ -32,6 +32,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return digest
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each durably: else a file may go with its folder's name."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def sha256_of(path: Path) -> str:
