@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .manifest import Manifest, part_files
+from .reader import StoredIndex
+from .rows import length_slack
 
 
 def disagreeing_types(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
@@ -32,6 +35,33 @@ def disagreeing_types(folder: Path, manifest: Manifest) -> list[tuple[str, str]]
             pa.concat_tables([common.empty_table(), table], promote_options="permissive")
         except pa.ArrowException as error:
             problems.append((name, _told(error)))
+    return problems
+
+
+def disagreeing_curvature(index: StoredIndex) -> list[tuple[str, str]]:
+    """Whether the curvature can be that of the searchable rows: [(file, what is wrong with it)].
+
+    Their number is stated, and the trace of the Gram matrix is the sum of their squared lengths,
+    but for what half precision changes of a length. Nothing is said of curvature in another form.
+    """
+    files = {Path(name).stem: name for name in index.manifest.files if name[:10] == "curvature/"}
+    arrays, positions = index.curvature(), index.ok_positions
+    if not {"rows", "eigenvalues"} <= arrays.keys():
+        return []
+    problems = []
+    if arrays["rows"].shape != () or arrays["rows"] != len(positions):
+        problems.append(
+            (files["rows"], f"it says {arrays['rows']}, the index has {len(positions)} usable rows")
+        )
+    norms = index.norms[positions].astype(np.float64)
+    squares = float(norms @ norms)
+    traces = {"eigenvalues": float(arrays["eigenvalues"].sum())}
+    if "gram" in arrays:
+        traces["gram"] = float(np.trace(arrays["gram"]))
+    for name, trace in traces.items():
+        if not abs(trace - squares) <= 2.01 * length_slack(index.manifest.dim) * squares:
+            problem = f"its trace is {trace:.6g}, the squared lengths of the rows are {squares:.6g}"
+            problems.append((files[name], problem))
     return problems
 
 

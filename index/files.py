@@ -16,7 +16,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
     A reader sees the old file or the new one, never a part. Missing parent folders are made. The
     temporary name is the writer's own: two may write the same file at once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.writing")
     try:
         # Exclusive: never through a link that a folder from elsewhere holds under this name.
@@ -35,6 +35,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return digest
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each durably: else a file may go with its folder's name."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def sha256_of(path: Path) -> str:

@@ -6,6 +6,8 @@ always fit. The length (`row_norm`) and the method's weight (`row_weight`) are i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +26,14 @@ def encode_rows(rows: npt.NDArray[np.floating]) -> tuple[Float16, Float32]:
     units = (rows / divisors[:, None]).astype(np.float16)
     with np.errstate(over="ignore"):  # too long for single precision: infinite, for the caller
         return units, lengths.astype(np.float32)
+
+
+def length_slack(dim: int) -> float:
+    """How far from 1 half precision may take the length of a unit row of this width.
+
+    Rounding moves each entry by at most 2^-11 of itself, or by 2^-25 where it is subnormal.
+    """
+    return 2.0**-11 + math.sqrt(dim) * 2.0**-25 + 1e-6
 
 
 def decode_rows(units: Float16, scale: Float32) -> Float32:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from . import duplicates, ledger
-from .agreement import disagreeing_types
+from .agreement import disagreeing_curvature, disagreeing_types
 from .duck import connect_items, position_name
 from .errors import IndexStoreError
 from .files import sha256_of
@@ -34,6 +33,7 @@ from .manifest import (
     read_manifest,
 )
 from .reader import StoredIndex
+from .rows import length_slack
 from .writer import COMMIT_FILE
 
 _ITEM_COLUMNS = ("item_id", "status", "error", "row_norm", "row_weight")
@@ -80,9 +80,9 @@ def verify(
     """Read every file that the index in `folder` lists, and check it; change nothing.
 
     Hashes; rows, shapes and types against the manifest; rows of length 1 where an item is ok and 0
-    where it is quarantined; unique item ids; tombstones; duplicates against the items they name;
-    the chain of the ledger and the manifest that its last commit names. Caches in faiss/ are not
-    looked at: they can be made again.
+    where it is quarantined; unique item ids; column types; tombstones; duplicates against the items
+    they name; the curvature against the lengths of the rows; the chain of the ledger and the
+    manifest that its last commit names. Caches in faiss/ are not looked at: they can be made again.
 
     progress  called with (bytes checked, bytes in all) after each part
 
@@ -127,6 +127,9 @@ def _verify(folder: Path, progress: Callable[[int, int], None]) -> Verification:
     if manifest.shards and not any(_matters_to_ids(damage.file) for damage in damaged):
         damaged += _check_unique(StoredIndex(folder, manifest))
         damaged += _check_duplicates(StoredIndex(folder, manifest), damaged)
+        if not any(damage.file.startswith("curvature/") for damage in damaged):
+            found = disagreeing_curvature(StoredIndex(folder, manifest))
+            damaged += [Damage(*wrong) for wrong in found]
     return _told(folder, manifest, damaged, files, read)
 
 
@@ -299,9 +302,7 @@ def _check_rows(path: Path, shape: tuple[int, int], ok: npt.NDArray[np.bool_]) -
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     if rows.shape != shape or rows.dtype != np.float16:
         raise _Wrong(f"it holds {rows.dtype} {rows.shape}, the manifest says float16 {shape}")
-    # Rounding a unit vector to half precision moves each entry by at most 2^-11 of itself, or by
-    # 2^-25 where it is subnormal.
-    slack = 2.0**-11 + math.sqrt(shape[1]) * 2.0**-25 + 1e-6
+    slack = length_slack(shape[1])
     for first in range(0, shape[0], _ROWS_AT_ONCE):
         block = rows[first : first + _ROWS_AT_ONCE].astype(np.float32)
         lengths = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from . import ledger
 from .duplicates import find_duplicates
 from .errors import IndexStoreError
-from .files import write_atomically
+from .files import make_folder, write_atomically
 from .lock import FILE_NAME as LOCK_FILE
 from .lock import WriteLock
 from .manifest import (
@@ -101,7 +101,7 @@ class IndexWriter:
         _check_new_folder(folder)
         existed = folder.exists()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise IndexStoreError(
                 f"{folder} cannot be made ({error.strerror}); choose another --out"
@@ -181,8 +181,14 @@ class IndexWriter:
 
         Returns float32 [n, dim] = row_norm * stored unit row, zero where quarantined and without
         `row_weight`: what the curvature must be accumulated from. Raises IndexStoreError when an
-        'ok' row is not finite or all zero; quarantine such an item first.
+        'ok' row is not finite or all zero; quarantine such an item first. Or an ingest is
+        unfinished, which has the numbers of the next parts.
         """
+        if self.unfinished_job():
+            raise IndexStoreError(
+                f"an ingest into {self.folder} is unfinished, and its parts would be overwritten; "
+                "run it again to its end, or discard it, then add rows"
+            )
         name = part_name(self._manifest.next_part)
         encoded = encode_items(name, items, rows, self._manifest.dim)
         known, fresh = self._known_ids(), set[str]()

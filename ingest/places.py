@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from .errors import SourceError
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
 _MOST_FILES = 1_000_000
 # What object stores call a mark of a file's content, then what tells of its last change.
-_MARKS = ("ETag", "etag", "md5Hash", "content_md5", "checksum")
-_TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
+_MARKS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "checksum"),
+    *("xet_hash", "lfs", "blob_id"),  # the Hugging Face hub's
+)
+_TIMES = (
+    *("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created"),
+)
+_PAUSES = (0.5, 2.0)  # seconds; a store that does not answer is asked again
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,9 @@ class RemotePath:
             return bool(self.filesystem.exists(self.path))
 
     def is_file(self) -> bool:
-        """Return whether there is a file here."""
-        with _as_os_errors():
-            return bool(self.filesystem.isfile(self.path))
+        """Return whether there is a file here; an error of the store is not taken for a no."""
+        info = self._info()
+        return info is not None and info.get("type") == "file"
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         """Open the file for reading; it can seek."""
@@ -84,8 +94,7 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         """Return the content of the file."""
-        with _as_os_errors():
-            return bytes(self.filesystem.cat_file(self.path))
+        return bytes(_asked(self.filesystem.cat_file, self.path))
 
     def files(self) -> list[RemotePath]:
         """Return every file below this folder, in no order."""
@@ -93,16 +102,28 @@ class RemotePath:
             return [RemotePath(self.filesystem, path) for path in self.filesystem.find(self.path)]
 
     def evidence(self) -> dict[str, Any] | None:
-        """Return the size and what the store says of the content, None if there is no file."""
-        try:
-            with _as_os_errors():
-                info = self.filesystem.info(self.path)
-        except FileNotFoundError:
-            return None
-        if info.get("type") == "directory":
+        """Return the size and what the store says of the content, None if there is no file.
+
+        Of a store that says nothing the content is read and hashed.
+        """
+        info = self._info()
+        if info is None or info.get("type") == "directory":
             return None
         said = [f"{name}={info[name]}" for name in (*_MARKS, *_TIMES) if info.get(name)]
-        return {"size": info.get("size"), "content": said[0] if said else None}
+        return {"size": info.get("size"), "content": said[0] if said else _asked(self._sha256)}
+
+    def _info(self) -> dict[str, Any] | None:
+        try:
+            return dict(_asked(self.filesystem.info, self.path))
+        except FileNotFoundError:
+            return None
+
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        with self.open() as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return f"sha256={digest.hexdigest()}"
 
 
 Place = Path | RemotePath
@@ -175,7 +196,7 @@ def _place(text: str) -> Place:
     except (ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SourceError(f"{text} cannot be opened ({reason})") from error
-    if isinstance(filesystem, fsspec.implementations.local.LocalFileSystem):
+    if isinstance(filesystem, LocalFileSystem):
         return Path(path)
     return RemotePath(filesystem, path.rstrip("/"))
 
@@ -193,6 +214,20 @@ def _expanded(pattern: str) -> list[str]:
         choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     tails = _expanded(pattern[match.end() :])
     return [pattern[: match.start()] + choice + tail for choice in choices for tail in tails]
+
+
+def _asked(ask: Callable[..., Any], *arguments: Any) -> Any:
+    """Ask a store, and again where it might answer yet."""
+    for pause in _PAUSES:
+        try:
+            with _as_os_errors():
+                return ask(*arguments)
+        except _FINAL:
+            raise
+        except OSError:
+            time.sleep(pause)
+    with _as_os_errors():
+        return ask(*arguments)
 
 
 @contextmanager

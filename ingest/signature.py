@@ -35,9 +35,9 @@ def signature(
     Names of files are relative to the corpus, but for absolute paths that records themselves give.
     Every file that holds selected records, or is the image of one, is read and hashed (SHA-256);
     of a remote one the store's own mark is taken (its ETag, else its time of change) and nothing
-    read. With `known`, an earlier signature, files of the same size and time of change keep its
-    hash and are not read. Takes 8 microseconds a record and the time to read and hash the files:
-    about 2 GB a second from a fast disk.
+    read, unless the store has none. With `known`, an earlier signature, files of the same size and
+    time of change keep its hash and are not read. Takes 8 microseconds a record and the time to
+    read and hash the files: about 2 GB a second from a fast disk.
     """
     earlier: Mapping[str, Any] = known["files"] if known is not None else {}
     evidence: dict[str, Any] = {}

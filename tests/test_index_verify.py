@@ -465,6 +465,34 @@ def test_curvature_with_nan_is_damaged(index: Path) -> None:
     assert named(verify(index)) == ["curvature/00002/gram.npy"]
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("rows", lambda a: a - 1, "usable rows"),
+        ("rows", lambda a: np.array([a]), "usable rows"),
+        ("eigenvalues", lambda a: a * 1.002, "its trace is"),
+        ("eigenvalues", lambda a: a[1:], "its trace is"),
+        ("gram", lambda a: a * 7, "its trace is"),
+    ],
+)
+def test_curvature_of_other_rows_is_found(
+    index: Path, name: str, change: Callable[[Any], Any], problem: str
+) -> None:
+    stored = StoredIndex.open(index)
+    rows = np.concatenate([block for _, block in stored.blocks(weighted=False)]).astype(float)
+    gram = rows.T @ rows
+    curvature = {"gram": gram, "eigenvalues": np.linalg.eigvalsh(gram)[::-1]}
+    with IndexWriter.open(index) as writer:
+        writer.write_curvature(curvature | {"rows": np.array(len(rows))})
+        writer.finish(event="test")
+    assert verify(index).whole
+    path = f"curvature/00003/{name}.npy"
+    forge(index, path, npy(change(np.load(index / path))))
+    found = verify(index)
+    assert named(found)[0] == path
+    assert problem in found.damaged[0].problem
+
+
 def test_files_and_folders_that_lead_out_are_refused(index: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     for name in ("items/part-00001.parquet", "curvature/00002", "manifest.json", "ledger.jsonl"):

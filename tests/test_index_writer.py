@@ -258,6 +258,32 @@ def test_a_discarded_job_is_over_at_once(tmp_path: Path) -> None:
         writer.close()
 
 
+def test_parts_of_an_unfinished_job_are_not_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "idx"
+    write_index(folder)
+    files.write_atomically(folder / "job/job.json", lambda file: file.write(b'{"first_part": 2}'))
+    waiting = folder / "items" / "part-00002.parquet"
+    waiting.write_bytes(b"computed")
+    given = (make_items(["z"]), make_rows(1), make_thumbs(["z"]))
+    with IndexWriter.open(folder) as writer:
+        with pytest.raises(IndexStoreError, match="is unfinished, and its parts would be"):
+            writer.add_shard(*given)
+        assert waiting.read_bytes() == b"computed"
+        writer.discard_job()
+        writer.add_shard(*given)
+        writer.finish()
+    assert not verify(folder).damaged
+
+
+def test_the_name_of_a_new_folder_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    files.write_atomically(tmp_path / "a" / "b" / "c.bin", lambda file: file.write(b"1"))
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+
+
 def test_a_reader_of_removed_files_is_told_why(tmp_path: Path) -> None:
     index, _ = write_index(tmp_path / "idx")
     with IndexWriter.open(tmp_path / "idx") as writer:

@@ -18,7 +18,9 @@ from headwater.ingest import SourceError, difference, open_source, places
 @pytest.fixture
 def memory() -> Iterator[Any]:
     filesystem = fsspec.filesystem("memory")
-    yield filesystem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "_PAUSES", (0.0, 0.0))
+        yield filesystem
     for path in filesystem.find("/corpora"):
         filesystem.rm(path)
 
@@ -91,6 +93,64 @@ def test_signatures_of_urls(memory: Any, local: Path) -> None:
     found = difference(before, open_source("memory://corpora/p").signature(before))
     assert found is not None
     assert found.startswith("deep/7.png has ")
+
+
+def test_files_without_a_mark_are_told_by_their_content(
+    memory: Any, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(memory, local)
+    honest = type(memory).info
+
+    def bare(*arguments: Any, **options: Any) -> Any:
+        found = honest(*arguments, **options)
+        return {name: found[name] for name in ("name", "size", "type") if name in found}
+
+    monkeypatch.setattr(type(memory), "info", bare)
+    before = open_source("memory://corpora/p").signature()
+    assert difference(before, open_source("memory://corpora/p").signature(before)) is None
+    image = memory.cat_file("/corpora/p/deep/7.png")
+    memory.pipe_file("/corpora/p/deep/7.png", image[:-1] + b"x")
+    found = difference(before, open_source("memory://corpora/p").signature(before))
+    assert found == "deep/7.png has other content of the same size"
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"), [(2, None), (3, "image file cannot be read (timed out): 7.png")]
+)
+def test_a_store_that_does_not_answer_is_asked_again(
+    memory: Any, local: Path, monkeypatch: pytest.MonkeyPatch, failures: int, error: str | None
+) -> None:
+    upload(memory, local)
+    source = open_source("memory://corpora/p", where="n = 0", limit=2)
+    honest, asked = type(memory).info, []
+
+    def slow(self: Any, path: str, **options: Any) -> Any:
+        if path.endswith("7.png") and len(asked) < failures:
+            asked.append(path)
+            raise TimeoutError(110, "timed out")
+        return honest(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "info", slow)
+    assert [item.error for item in source] == [None, error]
+
+
+def test_a_table_beside_a_tar_is_not_overlooked(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_tar_shards import write_img2dataset
+
+    write_img2dataset(tmp_path, 0, 2, {})
+    upload(memory, tmp_path)
+    honest = type(memory).info
+
+    def slow(self: Any, path: str, **options: Any) -> Any:
+        if path.endswith(".parquet"):
+            raise TimeoutError(110, "timed out")
+        return honest(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "info", slow)
+    with pytest.raises(SourceError, match=r"00000\.parquet cannot be read \(timed out\)"):
+        open_source("memory://corpora/00000.tar")
 
 
 def test_urls_that_lead_nowhere(memory: Any) -> None:
