@@ -29,6 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
+from zipfile import BadZipFile
 
 import faiss as _faiss
 import numpy as np
@@ -165,11 +166,11 @@ class Accelerator:
         """
         folder = index.folder / derived.FOLDER / index.caches / _kind(metric)
         try:
-            whitening = _kept_whitening(index.folder, folder)
+            whitening = _kept_whitening(index, folder)
             if whitening is not None:
-                plan = _plan(index, scale, folder)
-                if all(derived.whole(index.folder, path) for _, _, path in plan):
-                    return cls(whitening, [_open(first, part, path) for first, part, path in plan])
+                kept = [_kept(index, whitening, *job) for job in _plan(index, scale, folder)]
+                if all(kept):
+                    return cls(whitening, [segment for segment in kept if segment])
             with _only_builder(folder):
                 return cls._build(index, scale, metric, folder)
         except OSError as error:
@@ -180,14 +181,14 @@ class Accelerator:
     def _build(
         cls, index: StoredIndex, scale: Float32, metric: Metric, folder: Path
     ) -> Accelerator:
-        whitening = _kept_whitening(index.folder, folder)
+        whitening = _kept_whitening(index, folder)
         if whitening is None:
             whitening = Whitening.of(index, metric)
             arrays: dict[str, Any] = {"vectors": whitening.vectors, "factors": whitening.factors}
             write = partial(np.savez, allow_pickle=False, **arrays)
             derived.keep(index.folder, folder / _WHITENING, write)
         plan = _plan(index, scale, folder)
-        missing = [job for job in plan if not derived.whole(index.folder, job[2])]
+        missing = [job for job in plan if _kept(index, whitening, *job) is None]
         if missing:
             _log.warning(
                 "building the search accelerator of %s: %d of %d segments, once (--exact does "
@@ -199,9 +200,8 @@ class Accelerator:
         listed = {path.name for _, _, path in plan}
         for path in folder.glob("*.codes"):
             if path.name not in listed:  # of rows that a compaction moved or an append completed
-                path.unlink(missing_ok=True)
-                derived.checksum(path).unlink(missing_ok=True)
-        return cls(whitening, [_open(first, part, path) for first, part, path in plan])
+                derived.remove(index.folder, path)
+        return cls(whitening, [_open(whitening, *job) for job in plan])
 
     def candidates(self, queries: Float32, count: int, wanted: Int64) -> list[Int64]:
         """Ascending positions of the `count` best estimates among `wanted`, for each query."""
@@ -243,7 +243,7 @@ def _plan(index: StoredIndex, scale: Float32, folder: Path) -> list[tuple[int, F
     """First position, scales of the rows and file of every segment."""
     shards = index.manifest.shards
     starts = np.cumsum([0, *(shard.items for shard in shards)])
-    whitening = derived.checksum(folder / _WHITENING).read_text()
+    whitening = derived.digest(index.folder, folder / _WHITENING)
     plan = []
     for low, high in segments(shards, SEGMENT_ROWS):
         first, part = int(starts[low]), scale[starts[low] : starts[high]]
@@ -281,21 +281,47 @@ def _write(codes: Any, file: BinaryIO) -> None:
         raise OSError(str(error).splitlines()[-1]) from error
 
 
-def _open(first: int, scale: Float32, path: Path) -> Segment:
-    """Map the codes of a segment; OSError when this FAISS cannot read them."""
+def _kept(
+    index: StoredIndex, whitening: Whitening, first: int, scale: Float32, path: Path
+) -> Segment | None:
+    """Open the codes of a segment if they are kept and whole; damage gives a warning."""
+    if not derived.whole(index.folder, path):
+        return None
+    try:
+        return _open(whitening, first, scale, path)
+    except OSError as error:
+        derived.tell_damaged(path, error)
+        return None
+
+
+def _open(whitening: Whitening, first: int, scale: Float32, path: Path) -> Segment:
+    """Map the codes of a segment; OSError when they are not codes of these rows."""
     try:
         codes = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+    expected = len(scale), len(whitening.factors)
+    if (codes.ntotal, codes.d) != expected:
+        raise OSError(f"{path} holds {codes.ntotal} codes of {codes.d}, not {expected}")
     return Segment(first, _unit(scale), codes)
 
 
-def _kept_whitening(root: Path, folder: Path) -> Whitening | None:
+def _kept_whitening(index: StoredIndex, folder: Path) -> Whitening | None:
+    """The whitening if it is kept and whole; damage gives a warning."""
     path = folder / _WHITENING
-    if not derived.whole(root, path):
+    if not derived.whole(index.folder, path):
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        return Whitening(arrays["vectors"], arrays["factors"])
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            vectors, factors = arrays["vectors"], arrays["factors"]
+    except (ValueError, KeyError, BadZipFile) as error:
+        derived.tell_damaged(path, error)
+        return None
+    single = vectors.dtype == factors.dtype == np.float32
+    if vectors.shape != (factors.size, index.manifest.dim) or factors.ndim != 1 or not single:
+        derived.tell_damaged(path, f"it holds {vectors.dtype} {vectors.shape}")
+        return None
+    return Whitening(vectors, factors)
 
 
 def _kind(metric: Metric) -> str:
