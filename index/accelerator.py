@@ -77,14 +77,19 @@ def candidates(
         return None
     opened = _OPEN.setdefault(index, {})
     if metric not in opened:
-        built = Accelerator.ready(index, scale, metric)
-        if built is None:
-            return None
-        opened[metric] = built
-    return opened[metric].candidates(queries, count, wanted)
+        try:
+            opened[metric] = Accelerator.ready(index, scale, metric)
+        except OSError as error:
+            _log.warning("every row is looked at: no accelerator of %s (%s)", index.folder, error)
+            if isinstance(error, BlockingIOError):  # another process builds: it will be there
+                return None
+            opened[metric] = None  # a full disk would cost a build at every search
+    ready = opened[metric]
+    return None if ready is None else ready.candidates(queries, count, wanted)
 
 
-_OPEN: WeakKeyDictionary[StoredIndex, dict[Metric, Accelerator]] = WeakKeyDictionary()
+# None: it could not be had, and this process does not try again.
+_OPEN: WeakKeyDictionary[StoredIndex, dict[Metric, Accelerator | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -158,24 +163,20 @@ class Accelerator:
         self.segments = segments
 
     @classmethod
-    def ready(cls, index: StoredIndex, scale: Float32, metric: Metric) -> Accelerator | None:
+    def ready(cls, index: StoredIndex, scale: Float32, metric: Metric) -> Accelerator:
         """Open what is kept and build what is missing, a segment at a time.
 
-        None, with a warning, when nothing can be kept (a read-only folder) or another process is
-        building.
+        Raises OSError when nothing can be kept (a read-only folder, a full disk), at the first
+        file, and BlockingIOError when another process is building.
         """
         folder = index.folder / derived.FOLDER / index.caches / _kind(metric)
-        try:
-            whitening = _kept_whitening(index, folder)
-            if whitening is not None:
-                kept = [_kept(index, whitening, *job) for job in _plan(index, scale, folder)]
-                if all(kept):
-                    return cls(whitening, [segment for segment in kept if segment])
-            with _only_builder(folder):
-                return cls._build(index, scale, metric, folder)
-        except OSError as error:
-            _log.warning("every row is looked at: no accelerator in %s (%s)", folder, error)
-            return None
+        whitening = _kept_whitening(index, folder)
+        if whitening is not None:
+            kept = [_kept(index, whitening, *job) for job in _plan(index, scale, folder)]
+            if all(kept):
+                return cls(whitening, [segment for segment in kept if segment])
+        with _only_builder(folder):
+            return cls._build(index, scale, metric, folder)
 
     @classmethod
     def _build(
