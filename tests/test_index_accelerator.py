@@ -131,6 +131,35 @@ def test_a_selection_is_honoured_and_few_survivors_are_searched_exactly(folder: 
     np.testing.assert_array_equal(exact[1], found[1])
 
 
+def test_candidates_stay_below_a_most(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = StoredIndex.open(folder)
+    vectors, scale = prepare(index, asked(), METRIC)
+    single, everything = vectors.astype(np.float32), index.ok_positions
+    free = accelerator.candidates(index, single, scale, 10, everything, METRIC)
+    assert free is not None
+    assert {len(row) for row in free} == {300}
+    monkeypatch.setattr(accelerator, "MOST", 50)
+    few = accelerator.candidates(index, single, scale, 10, everything, METRIC)
+    assert few is not None
+    assert {len(row) for row in few} == {50}
+    # The running cut keeps what one cut over all estimates keeps.
+    for row, all_of_them in zip(few, free, strict=True):
+        assert np.isin(row, all_of_them).all()
+    assert accelerator.candidates(index, single, scale, 40, everything, METRIC) is None
+
+
+def test_a_running_cut_keeps_what_one_cut_keeps(folder: Path) -> None:
+    index = StoredIndex.open(folder)
+    vectors, scale = prepare(index, asked(), METRIC)
+    ready = accelerator.Accelerator.ready(index, scale, METRIC)
+    whitened = ready.whitening.queries(vectors.astype(np.float32))
+    parts = [segment.estimates(whitened, 250, index.ok_positions) for segment in ready.segments]
+    estimates, positions = (np.concatenate(c, axis=1) for c in zip(*parts, strict=True))
+    expected = np.take_along_axis(positions, np.argsort(-estimates, axis=1)[:, :250], axis=1)
+    found = ready.candidates(vectors.astype(np.float32), 250, index.ok_positions)
+    np.testing.assert_array_equal(np.stack(found), np.sort(expected, axis=1))
+
+
 def test_kept_codes_are_used_again_and_those_of_a_copy_are_built_once(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
