@@ -16,7 +16,7 @@ metrics    inner product and cosine, preconditioned or not, as one scale per row
 products   inner products with stored rows, by FAISS: the one kernel of scores
 accelerator  candidates of a large index from one bit per direction (RaBitQ)
 gpu        candidates of rows that lie in a GPU's memory
-derived    files that can be made again, beside their checksums
+derived    files that can be made again, used only as this user wrote them
 excerpt    some shards of an index, read as an index of their own
 actors     search over Ray actors that each hold some shards
 cluster    a connection to a Ray cluster

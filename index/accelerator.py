@@ -8,6 +8,10 @@ eigenpairs (s, V) of the curvature, x' = (s + lambda)^-1/2 V^T x and q' = (s + l
 have the same inner product and short lengths on both sides. Any positive factors would be correct:
 a whitening that has aged with its index costs recall, never the score of a hit.
 
+How many candidates are enough was measured for 1e6 rows: one row in SHARE, 5,000, gives a recall@10
+of .994. Larger indexes are not measured. There the candidates grow with the rows to MOST (at 1e7)
+and then no more, so beyond recall is to be checked against `exact`.
+
 Codes stand in segments of whole shards, SEGMENT_ROWS rows or a little more, each a file named by
 a hash of what it was made of: the shards' bytes, the rows' scales, the whitening, the version of
 this code. Appended shards make new segments beside the old ones; a deleted row is left out by a
@@ -34,6 +38,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
+from zipfile import BadZipFile
 
 import faiss as _faiss
 import numpy as np
@@ -44,6 +49,7 @@ from .metrics import Curvature, Metric
 from .reader import Int64, StoredIndex
 from .rows import Float32, decode_rows
 
+Found = tuple[Float32, Int64]
 faiss: Any = _faiss  # its stubs lack half of what is used here
 _log = logging.getLogger(__name__)
 VERSION = 1  # of the codes: another number makes every index build new ones
@@ -53,6 +59,7 @@ SEGMENT_ROWS = 131_072  # 35 MB of codes at 2048 dimensions while one is built
 FROM_ROWS = 500_000  # below, all rows are read in less time than codes are worth waiting for
 PER_HIT = 50  # candidates looked at exactly per result asked for
 SHARE = 200  # and at least one row in so many: as the crowd grows, so does what passes for a hit
+MOST = 50_000  # but no more: memory and exact scores are paid per candidate, and per query
 MOST_DIRECTIONS = 2048  # of the whitening: beyond, rows hold next to nothing
 _BLOCK_ROWS = 2048
 _WHITENING = "whitening.npz"
@@ -76,19 +83,26 @@ def candidates(
     or many results are, or the accelerator can be neither read nor built.
     """
     rows = index.manifest.rows
-    count = max(top * PER_HIT, rows // SHARE)
+    count = min(max(top * PER_HIT, rows // SHARE), MOST)
+    if count < 2 * top:
+        return None  # so many results that an exact search is what is asked for
     if rows < FROM_ROWS or len(wanted) < max(rows // _FEW, 4 * count):
         return None
     opened = _OPEN.setdefault(index, {})
     if metric not in opened:
-        built = Accelerator.ready(index, scale, metric)
-        if built is None:
-            return None
-        opened[metric] = built
-    return opened[metric].candidates(queries, count, wanted)
+        try:
+            opened[metric] = Accelerator.ready(index, scale, metric)
+        except OSError as error:
+            _log.warning("every row is looked at: no accelerator of %s (%s)", index.folder, error)
+            if isinstance(error, BlockingIOError):  # another process builds: it will be there
+                return None
+            opened[metric] = None  # a full disk would cost a build at every search
+    ready = opened[metric]
+    return None if ready is None else ready.candidates(queries, count, wanted)
 
 
-_OPEN: WeakKeyDictionary[StoredIndex, dict[Metric, Accelerator]] = WeakKeyDictionary()
+# None: it could not be had, and this process does not try again.
+_OPEN: WeakKeyDictionary[StoredIndex, dict[Metric, Accelerator | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ class Segment:
     unit: float  # length that its rows were divided by: codes hold no extremes
     codes: Any  # faiss.Index
 
-    def estimates(self, queries: Float32, count: int, wanted: Int64) -> tuple[Float32, Int64]:
+    def estimates(self, queries: Float32, count: int, wanted: Int64) -> Found:
         """The `count` best estimates among the positions `wanted`: scores, positions [Q, count].
 
         Where there are fewer, the rest is minus infinity.
@@ -162,37 +176,33 @@ class Accelerator:
         self.segments = segments
 
     @classmethod
-    def ready(cls, index: StoredIndex, scale: Float32, metric: Metric) -> Accelerator | None:
+    def ready(cls, index: StoredIndex, scale: Float32, metric: Metric) -> Accelerator:
         """Open what is kept and build what is missing, a segment at a time.
 
-        None, with a warning, when nothing can be kept (a read-only folder) or another process is
-        building.
+        Raises OSError when nothing can be kept (a read-only folder, a full disk), at the first
+        file, and BlockingIOError when another process is building.
         """
         folder = index.folder / derived.FOLDER / index.caches / _kind(metric)
-        try:
-            whitening = _kept_whitening(index.folder, folder)
-            if whitening is not None:
-                plan = _plan(index, scale, folder)
-                if all(derived.whole(index.folder, path) for _, _, path in plan):
-                    return cls(whitening, [_open(first, part, path) for first, part, path in plan])
-            with _only_builder(folder):
-                return cls._build(index, scale, metric, folder)
-        except OSError as error:
-            _log.warning("every row is looked at: no accelerator in %s (%s)", folder, error)
-            return None
+        whitening = _kept_whitening(index, folder)
+        if whitening is not None:
+            kept = [_kept(index, whitening, *job) for job in _plan(index, scale, folder)]
+            if all(kept):
+                return cls(whitening, [segment for segment in kept if segment])
+        with _only_builder(folder):
+            return cls._build(index, scale, metric, folder)
 
     @classmethod
     def _build(
         cls, index: StoredIndex, scale: Float32, metric: Metric, folder: Path
     ) -> Accelerator:
-        whitening = _kept_whitening(index.folder, folder)
+        whitening = _kept_whitening(index, folder)
         if whitening is None:
             whitening = Whitening.of(index, metric)
             arrays: dict[str, Any] = {"vectors": whitening.vectors, "factors": whitening.factors}
             write = partial(np.savez, allow_pickle=False, **arrays)
             derived.keep(index.folder, folder / _WHITENING, write)
         plan = _plan(index, scale, folder)
-        missing = [job for job in plan if not derived.whole(index.folder, job[2])]
+        missing = [job for job in plan if _kept(index, whitening, *job) is None]
         if missing:
             _log.warning(
                 "building the search accelerator of %s: %d of %d segments, once (--exact does "
@@ -204,9 +214,8 @@ class Accelerator:
         listed = {path.name for _, _, path in plan}
         for path in folder.glob("*.codes"):
             if path.name not in listed:  # of rows that a compaction moved or an append completed
-                path.unlink(missing_ok=True)
-                derived.checksum(path).unlink(missing_ok=True)
-        return cls(whitening, [_open(first, part, path) for first, part, path in plan])
+                derived.remove(index.folder, path)
+        return cls(whitening, [_open(whitening, *job) for job in plan])
 
     def candidates(self, queries: Float32, count: int, wanted: Int64) -> list[Int64]:
         """Ascending positions of the `count` best estimates among `wanted`, for each query."""
@@ -216,18 +225,26 @@ class Accelerator:
         # segment little is lost: a row's rank there is never worse than among all.
         share = min(count, max(_LEAST_KEPT, _KEPT * count // len(self.segments)))
 
-        def work(segment: Segment) -> tuple[Float32, Int64]:
+        def work(mine: list[Segment]) -> Found:
             faiss.omp_set_num_threads(1)  # of this thread: the segments are what runs side by side
-            return segment.estimates(whitened, share, wanted)
+            best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+            for segment in mine:  # cut each time: two counts a thread, however many segments
+                best = _best([best, segment.estimates(whitened, share, wanted)], count)
+            return best
 
+        shares = [self.segments[first::threads] for first in range(threads)]
         with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(work, self.segments))
-        estimates, positions = (
-            np.concatenate(column, axis=1) for column in zip(*parts, strict=True)
-        )
-        count = min(count, estimates.shape[1])
-        best = np.argpartition(-estimates, count - 1, axis=1)[:, :count]
-        return [np.sort(row[chosen]) for row, chosen in zip(positions, best, strict=True)]
+            _, positions = _best(list(pool.map(work, shares)), count)
+        return [np.sort(row) for row in positions]
+
+
+def _best(parts: list[Found], count: int) -> Found:
+    """The `count` best estimates of several, in no order: estimates, positions [Q, <= count]."""
+    estimates, positions = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
+    if estimates.shape[1] <= count:
+        return estimates, positions
+    best = np.argpartition(-estimates, count - 1, axis=1)[:, :count]
+    return np.take_along_axis(estimates, best, 1), np.take_along_axis(positions, best, 1)
 
 
 def segments(shards: Sequence[Shard], most: int) -> list[tuple[int, int]]:
@@ -248,7 +265,7 @@ def _plan(index: StoredIndex, scale: Float32, folder: Path) -> list[tuple[int, F
     """First position, scales of the rows and file of every segment."""
     shards = index.manifest.shards
     starts = np.cumsum([0, *(shard.items for shard in shards)])
-    whitening = derived.checksum(folder / _WHITENING).read_text()
+    whitening = derived.digest(index.folder, folder / _WHITENING)
     plan = []
     for low, high in segments(shards, SEGMENT_ROWS):
         first, part = int(starts[low]), scale[starts[low] : starts[high]]
@@ -286,21 +303,47 @@ def _write(codes: Any, file: BinaryIO) -> None:
         raise OSError(str(error).splitlines()[-1]) from error
 
 
-def _open(first: int, scale: Float32, path: Path) -> Segment:
-    """Map the codes of a segment; OSError when this FAISS cannot read them."""
+def _kept(
+    index: StoredIndex, whitening: Whitening, first: int, scale: Float32, path: Path
+) -> Segment | None:
+    """Open the codes of a segment if they are kept and whole; damage gives a warning."""
+    if not derived.whole(index.folder, path):
+        return None
+    try:
+        return _open(whitening, first, scale, path)
+    except OSError as error:
+        derived.tell_damaged(path, error)
+        return None
+
+
+def _open(whitening: Whitening, first: int, scale: Float32, path: Path) -> Segment:
+    """Map the codes of a segment; OSError when they are not codes of these rows."""
     try:
         codes = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+    expected = len(scale), len(whitening.factors)
+    if (codes.ntotal, codes.d) != expected:
+        raise OSError(f"{path} holds {codes.ntotal} codes of {codes.d}, not {expected}")
     return Segment(first, _unit(scale), codes)
 
 
-def _kept_whitening(root: Path, folder: Path) -> Whitening | None:
+def _kept_whitening(index: StoredIndex, folder: Path) -> Whitening | None:
+    """The whitening if it is kept and whole; damage gives a warning."""
     path = folder / _WHITENING
-    if not derived.whole(root, path):
+    if not derived.whole(index.folder, path):
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        return Whitening(arrays["vectors"], arrays["factors"])
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            vectors, factors = arrays["vectors"], arrays["factors"]
+    except (ValueError, KeyError, BadZipFile) as error:
+        derived.tell_damaged(path, error)
+        return None
+    single = vectors.dtype == factors.dtype == np.float32
+    if vectors.shape != (factors.size, index.manifest.dim) or factors.ndim != 1 or not single:
+        derived.tell_damaged(path, f"it holds {vectors.dtype} {vectors.shape}")
+        return None
+    return Whitening(vectors, factors)
 
 
 def _kind(metric: Metric) -> str:

@@ -99,8 +99,12 @@ class ShardHolder:
     def _positions(self, part: Part, schema: pa.Schema, where: str | None) -> Int64:
         kept = self._selected.get(part)
         if kept is None or kept[0] != where:
-            asked = None if where is None else filter_positions(self._items(part, schema), where)
-            kept = self._selected[part] = where, self._opened(part).searchable(asked)
+            excerpt, asked = self._opened(part), None
+            if where is not None:
+                # `position` is that in the index, as in a search of one process.
+                first = excerpt.first_row
+                asked = filter_positions(self._items(part, schema), where, first) - first
+            kept = self._selected[part] = where, excerpt.searchable(asked)
         return kept[1]
 
     def _items(self, part: Part, schema: pa.Schema) -> pa.Table:

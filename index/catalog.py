@@ -88,9 +88,10 @@ class Catalog:
         )
 
 
-def filter_positions(table: pa.Table, where: str) -> Int64:
+def filter_positions(table: pa.Table, where: str, first: int = 0) -> Int64:
     """Return the ascending row numbers of `table` at which `where` is true: int64 [n].
 
+    Rows are numbered from `first` on, also as the column `position` that `where` may look at.
     `where` is one boolean DuckDB expression over the columns; rows where it is NULL do not count.
     Raises IndexStoreError, one line, for anything else: SQL errors, unknown columns, subqueries,
     statements, and functions that read more than their arguments.
@@ -101,7 +102,8 @@ def filter_positions(table: pa.Table, where: str) -> Int64:
     position = position_name(table.column_names)
     with _refusals(where, table.column_names):
         _check_expression(where)
-        numbered = scannable(table).append_column(position, pa.array(np.arange(table.num_rows)))
+        numbers = pa.array(np.arange(first, first + table.num_rows))
+        numbered = scannable(table).append_column(position, numbers)
         with connect() as connection:
             connection.register("items", numbered)
             found = _run(connection, where, position)

@@ -147,16 +147,19 @@ def _curved_lengths(index: StoredIndex, damping: float) -> Float64:
         key.update(shard.files[f"features/{shard.name}.npy"].encode())
     path = index.folder / derived.FOLDER / f"lengths-{key.hexdigest()[:16]}.npy"
     try:
-        kept = derived.whole(index.folder, path)
-    except OSError as error:
+        if derived.whole(index.folder, path):
+            stored: Float64 = np.load(path, allow_pickle=False)
+            if stored.shape == (index.manifest.rows,) and stored.dtype == np.float64:
+                return stored
+            derived.tell_damaged(path, f"it holds {stored.dtype} {stored.shape}")
+    except (OSError, ValueError) as error:
         _log.warning("lengths of rows are computed again: %s", error)
-        kept = False
-    if kept:
-        stored: Float64 = np.load(path, allow_pickle=False)
-        return stored
     curvature = Curvature.of(index)
     everything = np.arange(index.manifest.rows, dtype=np.int64)
     pieces = [curvature.lengths(u, damping) for _, u in index.unit_blocks(everything, _BLOCK_ROWS)]
     lengths = np.concatenate(pieces)
-    derived.keep(index.folder, path, partial(np.save, arr=lengths, allow_pickle=False))
+    try:
+        derived.keep(index.folder, path, partial(np.save, arr=lengths, allow_pickle=False))
+    except OSError as error:
+        _log.warning("%s could not be kept and is made again next time: %s", path, error)
     return lengths

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.index import (
+    Catalog,
     IndexStoreError,
     IndexWriter,
     Manifest,
@@ -105,6 +106,17 @@ def test_a_filter_on_a_column_that_only_some_shards_have(index: StoredIndex) -> 
     rows, previews = holder.items(parts[1], schema, np.array([9, 6]))
     assert rows == index.items().take(pa.array([9, 6])).to_pylist()
     assert previews == {"item-6": b"6", "item-9": b"9"}
+
+
+def test_a_filter_on_the_position_means_that_in_the_index(index: StoredIndex) -> None:
+    query = np.linspace(-1, 1, DIM, dtype=np.float32)[None]
+    holder = ShardHolder(str(index.folder), index.manifest)
+    parts = split_shards(index.manifest, 4)
+    schema, where = index.item_schema, "position BETWEEN 3 AND 50"
+    answers = [holder.best(part, schema, where, query, 50, {}) for part in parts]
+    found = np.sort(np.concatenate([positions[0] for _, positions in answers]))
+    np.testing.assert_array_equal(found, Catalog(index).select(where))
+    assert len(found) == sum(holder.count(part, schema, where) for part in parts)
 
 
 def test_previews_of_an_excerpt(index: StoredIndex) -> None:

@@ -10,7 +10,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from headwater.index import IndexStoreError, IndexWriter, Metric, StoredIndex, gpu, scores, search
+from headwater.index import (
+    IndexStoreError,
+    IndexWriter,
+    Metric,
+    StoredIndex,
+    derived,
+    gpu,
+    scores,
+    search,
+)
 from headwater.index.metrics import Curvature, prepare, row_scale
 
 Float64 = npt.NDArray[np.float64]
@@ -187,6 +196,10 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
+    np.testing.assert_array_equal(row_scale(index, metric), first)
+    assert "damaged" in caplog.text
+    caplog.clear()
+    derived.keep(index.folder, path, lambda file: np.save(file, np.ones(3)))
     np.testing.assert_array_equal(row_scale(index, metric), first)
     assert "damaged" in caplog.text
     other = row_scale(index, Metric("cosine", "both", damping=7.0))
