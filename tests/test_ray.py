@@ -211,7 +211,7 @@ def test_search_over_actors_is_the_search_of_one_process(
     with hw.SearchCluster(alone, actors=2) as cluster:
 
         def same(where: str | None, top: int, *, largest: bool) -> None:
-            positions = Catalog(index.items()).select(where)
+            positions = Catalog(index).select(where)
             assert cluster.count(where) == len(positions)
             here = search(index, queries, top, positions=positions, largest=largest)
             there = cluster.search(queries, top, where=where, largest=largest)
