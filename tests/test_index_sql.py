@@ -288,6 +288,15 @@ def besieged(index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     assert state() == before
 
 
+@pytest.mark.parametrize(
+    "name", ["duckdb_tables", "PG_TABLES", "sqlite_master", "parts", "tombstones"]
+)
+def test_a_with_name_does_not_open_the_catalog(index: Path, name: str) -> None:
+    query = f"SELECT * FROM (WITH {name} AS (SELECT 1 AS a) FROM {name}) AS y, {name}"
+    with pytest.raises(IndexStoreError, match="is that of an internal table"):
+        sql(index, query)
+
+
 @pytest.mark.parametrize(("query", "reason"), REFUSED)
 def test_everything_else_is_refused_in_one_line(
     besieged: Path, query: str, reason: str, monkeypatch: pytest.MonkeyPatch
