@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,9 @@ def connect_items(index: StoredIndex, *, deleted: bool) -> duckdb.DuckDBPyConnec
             )
     folder = index.folder.resolve()
     files = [str(folder / "items" / f"{shard.name}.parquet") for shard in index.manifest.shards]
-    connection = connect(files)
+    # Both forms are looked at: the pattern when it is expanded, the name when it is opened.
+    patterns = [_literal(file) for file in files]
+    connection = connect([*files, *patterns])
     counts = [shard.items for shard in index.manifest.shards]
     parts = pa.table(
         {
@@ -85,7 +88,7 @@ def connect_items(index: StoredIndex, *, deleted: bool) -> duckdb.DuckDBPyConnec
         where = f"WHERE {_POSITION} NOT IN (SELECT position FROM tombstones)"
     connection.execute(
         f"CREATE VIEW items AS SELECT {_POSITION} AS {position_name(schema.names)}, item.* "
-        f"FROM read_parquet([{', '.join(map(_quoted, files))}], "
+        f"FROM read_parquet([{', '.join(map(_quoted, patterns))}], "
         # A folder of the path may look like `licence=MIT`, which would become a column.
         f"hive_partitioning = false, union_by_name = {not uniform}) AS item "
         f"LEFT JOIN parts ON item.file_index = parts.number {where}"
@@ -179,6 +182,11 @@ def _make_table(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Tabl
     connection.register("incoming", table)
     connection.execute(f"CREATE TABLE {name} AS FROM incoming")
     connection.unregister("incoming")
+
+
+def _literal(path: str) -> str:
+    """The pattern that only the file `path` matches: folders may have names like `a[1]`."""
+    return re.sub(r"[*?\[]", r"[\g<0>]", path)
 
 
 def _quoted(text: str) -> str:

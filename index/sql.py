@@ -147,10 +147,17 @@ def _check_tree(connection: duckdb.DuckDBPyConnection, tree: Any, views: frozens
         if isinstance(common := node.get("cte_map"), dict)
         for entry in common["map"]
     }
+    reserved = {"parts", "tombstones"}
+    if defined:
+        known = "SELECT view_name FROM duckdb_views() UNION SELECT table_name FROM duckdb_tables()"
+        reserved |= {str(name).lower() for (name,) in connection.execute(known).fetchall()}
     for name in sorted(defined):
         if not re.fullmatch(r"\w+", name):
             # Outside of its WITH, such a name could be taken for that of a file.
             raise Forbidden(f"the WITH name {name!r} has other signs than letters, digits and _")
+        if name.lower() in reserved:
+            # Outside of its WITH, it would be the table of that name in DuckDB's catalog or ours.
+            raise Forbidden(f"the WITH name {name!r} is that of an internal table; choose another")
     tables = {name.lower() for name in defined} | views
     for node in everything:
         _check_node(connection, node, tables)

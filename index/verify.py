@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -345,11 +346,14 @@ def _matters_to_ids(file: str) -> bool:
 def _check_unique(index: StoredIndex) -> list[Damage]:
     """Find an item id that two rows have, neither of them deleted."""
     position = position_name(index.item_schema.names)
-    with connect_items(index, deleted=False) as connection:
-        twice = connection.execute(
-            f"SELECT item_id, min({position}), max({position}) FROM items "
-            "GROUP BY item_id HAVING count(*) > 1 ORDER BY 3 LIMIT 1"
-        ).fetchone()
+    try:
+        with connect_items(index, deleted=False) as connection:
+            twice = connection.execute(
+                f"SELECT item_id, min({position}), max({position}) FROM items "
+                "GROUP BY item_id HAVING count(*) > 1 ORDER BY 3 LIMIT 1"
+            ).fetchone()
+    except duckdb.Error as error:
+        return [Damage("items", f"item ids cannot be compared: {' '.join(str(error).split())}")]
     if twice is None:
         return []
     item_id, first, second = twice

@@ -24,6 +24,7 @@ from headwater.index import (
     IndexWriter,
     StoredIndex,
     sql,
+    verify,
     write_csv,
     write_json_rows,
     write_parquet,
@@ -142,6 +143,15 @@ def test_parts_with_other_columns_are_laid_end_to_end(tmp_path: Path) -> None:
     assert found["position"].to_pylist() == [None, None, None, 70, 80]
     stored = StoredIndex.open(tmp_path / "i")
     assert stored.items_at([4, 0]).to_pylist() == stored.items().take([4, 0]).to_pylist()
+
+
+def test_a_folder_named_like_a_pattern_is_not_its_neighbour(tmp_path: Path) -> None:
+    write_index(tmp_path / "g1", (0, 5))
+    for name in ("g[1]", "g*"):
+        write_index(tmp_path / name)
+        found = sql(tmp_path / name, "SELECT item_id FROM items WHERE position > 30 ORDER BY ALL")
+        assert found["item_id"].to_pylist() == [f"id{n}" for n in range(31, COUNT)]
+        assert verify(tmp_path / name).whole
 
 
 def test_hits_of_a_result_are_a_view(index: Path, tmp_path: Path) -> None:
@@ -276,6 +286,15 @@ def besieged(index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     before = state()
     yield index
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["duckdb_tables", "PG_TABLES", "sqlite_master", "parts", "tombstones"]
+)
+def test_a_with_name_does_not_open_the_catalog(index: Path, name: str) -> None:
+    query = f"SELECT * FROM (WITH {name} AS (SELECT 1 AS a) FROM {name}) AS y, {name}"
+    with pytest.raises(IndexStoreError, match="is that of an internal table"):
+        sql(index, query)
 
 
 @pytest.mark.parametrize(("query", "reason"), REFUSED)

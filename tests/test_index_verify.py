@@ -8,11 +8,13 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -588,3 +590,16 @@ def test_the_command(index: Path, headwater: Command, tmp_path: Path) -> None:
     code, _, err = headwater("verify", tmp_path)
     assert code == 2
     assert len(err.splitlines()) == 1
+
+
+def test_what_duckdb_cannot_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file is known that Arrow reads and DuckDB does not, so here DuckDB itself fails."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise duckdb.IOException("IO Error: it\ncannot")
+
+    folder = write_index(tmp_path / "i")
+    monkeypatch.setattr(sys.modules["headwater.index.verify"], "connect_items", fail)
+    (damage,) = verify(folder).damaged
+    assert damage.file == "items"
+    assert damage.problem == "item ids cannot be compared: IO Error: it cannot"
