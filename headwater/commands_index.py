@@ -58,8 +58,8 @@ def sql(
     """Ask the items of an index in DuckDB's SQL; nothing is changed, nothing else can be read.
 
     The view items has position and every item column, without deleted items and with quarantined
-    ones (status); duplicates tells of items that repeat an earlier one which that is; with --hits,
-    the view hits has rank, item_id and score of a result.
+    ones (status); duplicates has the items that repeat an earlier one, and which; with --hits, the
+    view hits has rank, item_id and score of a result.
     """
     from headwater.index import sql as run
     from headwater.index import write_csv, write_json_rows, write_parquet

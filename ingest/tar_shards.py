@@ -44,8 +44,7 @@ def tar_listing(root: Place, paths: list[Place], asked: ColumnNames) -> Listing:
     about 0.1 ms a sample on a local disk, and 40 bytes of memory beside its columns.
     """
     files = [(relative_name(path, root), path) for path in paths]
-    # Ranges are read in order: the headers of the shards they lie in are read once, and dropped.
-    headers = lru_cache(maxsize=2)(partial(_headers, extension=asked.image))
+    headers = _RecentHeaders(asked.image)
     shards = [_opened(path, asked.image, headers) for path in paths]
     tables = _fitted([shard.table for shard in shards])
     schema = unified(tuple(table.schema for table in tables), root, "side")
@@ -78,7 +77,7 @@ class _Shard:
 def _opened(
     path: Place,
     extension: str | None,
-    headers: Callable[[Place], tuple[_Samples, dict[str, int]]],
+    headers: _RecentHeaders,
 ) -> _Shard:
     side = path.with_suffix(".parquet")
     with readable(side):
@@ -101,6 +100,23 @@ def _opened(
         yield from (missing if place is None else next(found) for place in wanted)
 
     return _Shard(table, keys, images_of)
+
+
+class _RecentHeaders:
+    """The headers of a shard, by its path; a worker that it is sent to reads its own.
+
+    Ranges are read in order: the headers of the shards they lie in are read once, and dropped.
+    """
+
+    def __init__(self, extension: str | None) -> None:
+        self._extension = extension
+        self._read = lru_cache(maxsize=2)(partial(_headers, extension=extension))
+
+    def __call__(self, path: Place) -> tuple[_Samples, dict[str, int]]:
+        return self._read(path)
+
+    def __reduce__(self) -> tuple[type[_RecentHeaders], tuple[str | None]]:
+        return _RecentHeaders, (self._extension,)
 
 
 def _headers(path: Place, extension: str | None) -> tuple[_Samples, dict[str, int]]:

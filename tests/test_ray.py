@@ -10,18 +10,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Command, png
+from conftest import Command, corpus_table, png
+from test_tar_shards import samples, write_img2dataset, write_tar
 
 import headwater as hw
-from headwater.index import Catalog, StoredIndex, connected, search
+from headwater.index import Catalog, Metric, StoredIndex, connected, search
 from headwater.ingest import RayCluster, job, ray_engine
 from headwater.ingest.ray_engine import RangeWorker, Task
 from headwater.ingest.sources import Source, open_source
@@ -154,6 +158,35 @@ def test_a_worker_killed_in_the_middle_changes_no_byte(
     assert ray.is_initialized()  # the user's own cluster is left running
 
 
+@pytest.mark.parametrize("kind", ["parquet", "tar shards"])
+def test_other_sources_give_the_bytes_of_the_local_run(
+    kind: str,
+    ray: Any,
+    model: hw.Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job, "SHARD_ITEMS", RANGE)
+    settings: dict[str, Any] = {"recipe": recipe(), "batch_size": BATCH}
+    if kind == "parquet":
+        source = tmp_path / "corpus.parquet"
+        twice = pa.concat_tables([corpus_table(14), corpus_table(4)])
+        pq.write_table(twice, source, row_group_size=5)
+        settings |= {"where": "\"group\" = 'even' OR licence IS NULL", "limit": 11}
+    else:
+        source = tmp_path / "shards"
+        write_img2dataset(source, 0, 5, {1: "HTTP Error 404"})
+        write_img2dataset(source, 1, 4, {})
+        write_tar(source / "00002.tar", samples(0, 3))
+    for name, cluster in (("here", None), ("there", RayCluster(workers=2))):
+        summary = hw.build_index(source, model, tmp_path / name, cluster=cluster, **settings)
+    assert len(StoredIndex.open(tmp_path / "there").manifest.shards) == 3
+    # Of Parquet seven even ones, 5 and 11, and again 0 and 2; of the shards one was not downloaded.
+    expected = (11, 9) if kind == "parquet" else (12, 11)
+    assert (summary.items, summary.rows) == expected
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
 def poisoned(source: Source, place: int) -> Source:
     """The source, except that whoever but this process reads the record at `place` dies."""
     cells, here = source.listing.cells, os.getpid()
@@ -237,6 +270,31 @@ def test_search_over_actors_is_the_search_of_one_process(
         same("caption <> 'a red cat'", 7, largest=True)
     assert found.thumbnails(ids) == expected.thumbnails(ids)
     assert not actors("ShardHolder")
+
+
+def test_every_way_to_ask_gives_over_actors_what_one_process_gives(
+    ray: Any, model: hw.Model, alone: Path
+) -> None:
+    index = StoredIndex.open(alone)
+    queries = np.random.default_rng(1).standard_normal((2, index.manifest.dim)).astype(np.float32)
+    concept = hw.Concept("a red cat", contrast="the house")
+    with hw.SearchCluster(alone, actors=2) as cluster:
+        for similarity, preconditioning in product(("ip", "cosine"), ("none", "query", "both")):
+            metric = Metric(similarity, preconditioning)
+            for largest, exact in product((True, False), repeat=2):
+                asked: dict[str, Any] = {"metric": metric, "largest": largest, "exact": exact}
+                here, there = (
+                    search(index, queries, 9, **asked),
+                    cluster.search(queries, 9, **asked),
+                )
+                np.testing.assert_array_equal(there[1], here[1])
+                np.testing.assert_array_equal(there[0], here[0])
+        asking = hw.Asking(similarity="cosine", preconditioning="both")
+        for bottom in (False, True):
+            asked = {"asking": asking, "top": 4, "bottom": bottom, "exact": bottom}
+            expected = hw.Index(alone).query(concept, model, **asked)
+            found = hw.Index(alone).query(concept, model, cluster=cluster, **asked)
+            assert found.as_dict() == expected.as_dict()
 
 
 def test_another_index_than_the_clusters_is_refused(
