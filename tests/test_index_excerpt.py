@@ -114,7 +114,7 @@ def test_a_filter_on_the_position_means_that_in_the_index(index: StoredIndex) ->
     parts = split_shards(index.manifest, 4)
     schema, where = index.item_schema, "position BETWEEN 3 AND 50"
     answers = [holder.best(part, schema, where, query, 50, {}) for part in parts]
-    found = np.sort(np.concatenate([positions[0] for _, positions in answers]))
+    found = np.sort(np.concatenate([positions[0] for _, positions, _ in answers]))
     np.testing.assert_array_equal(found, Catalog(index).select(where))
     assert len(found) == sum(holder.count(part, schema, where) for part in parts)
 

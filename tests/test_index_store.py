@@ -142,7 +142,7 @@ def test_layout_and_manifest(tmp_path: Path) -> None:
     }
     assert read_manifest(folder) == manifest
     stored = index.features(manifest.shards[0])
-    assert isinstance(stored, np.memmap)
+    assert isinstance(stored.base, np.memmap)  # a plain view of the mapped file
     assert stored.dtype == np.float16
     assert not stored[1].any()
 
