@@ -134,7 +134,8 @@ class Whitening:
 
     def queries(self, queries: Float32) -> Float32:
         """Bring queries [Q, dim] to where the rows are, to one length: order is what counts."""
-        found = (queries @ self.vectors.T) / self.factors
+        largest = np.abs(queries).max(axis=1, keepdims=True)  # its square may overflow
+        found = ((queries / np.where(largest > 0, largest, 1)) @ self.vectors.T) / self.factors
         lengths = np.linalg.norm(found, axis=1, keepdims=True)
         return np.ascontiguousarray(found * (_QUERY_LENGTH / np.where(lengths > 0, lengths, 1)))
 

@@ -43,7 +43,8 @@ def search(
     proposers  is told who proposed the rows looked at: `gpu`, `accelerator`; nobody: all were
 
     Scores are exact in either case. Equal ones (exact duplicates have them) are ordered by
-    position, and nothing depends on `block_rows` or on the number of threads.
+    position, and nothing depends on `block_rows` or on the number of threads. Where an accelerator
+    proposes, that order is among the proposed: of equal rows a later one may stand for an earlier.
     Raises IndexStoreError when fewer than `top` rows can be searched.
     """
     metric = metric or Metric()

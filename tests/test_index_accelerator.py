@@ -182,6 +182,14 @@ def test_whitening_keeps_inner_products_and_shortens_rows(folder: Path) -> None:
     ) < 3  # fmt: skip
 
 
+def test_long_queries_do_not_overflow(folder: Path) -> None:
+    index = StoredIndex.open(folder)
+    whitening = accelerator.Whitening.of(index, METRIC)
+    query = make_rows(3)
+    long = whitening.queries(query * np.float32(1e30))
+    np.testing.assert_allclose(long, whitening.queries(query), rtol=1e-3, atol=1e-2)
+
+
 def test_a_selection_is_honoured_and_few_survivors_are_searched_exactly(folder: Path) -> None:
     index = StoredIndex.open(folder)
     half = np.arange(1, N, 2)
