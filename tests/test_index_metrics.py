@@ -131,6 +131,7 @@ def test_equals_dense_float64(
     if on_gpu:
         real = gpu.Resident.candidates
         monkeypatch.setattr(gpu, "FROM_ROWS", 1)
+        monkeypatch.setattr(gpu, "FROM_QUERIES", 1)
         monkeypatch.setattr(gpu.Resident, "candidates", lambda *a: used.append(1) or real(*a))
     truth = reference(index, queries, metric)
     for positions in (index.ok_positions, index.ok_positions[::2]):
@@ -146,6 +147,27 @@ def test_equals_dense_float64(
             np.testing.assert_allclose(got, values[row], atol=tolerance, rtol=0)
             assert np.isin(row, positions).all()
     assert len(used) == (2 if on_gpu else 0)
+
+
+def test_a_gpu_is_tried_once_and_not_for_the_first_queries(
+    index: StoredIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(*given: object) -> None:
+        tried.append(given)
+        raise RuntimeError("out of memory")
+
+    index = StoredIndex.open(index.folder)
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(gpu, "Resident", full)
+    monkeypatch.setattr(gpu, "FROM_ROWS", 1)
+    monkeypatch.setattr(gpu, "FROM_QUERIES", 10)
+    expected = search(index, asked(index), 20, exact=True)
+    for attempts in (0, 1, 1):  # of seven queries each
+        found = search(index, asked(index), 20)
+        np.testing.assert_array_equal(found[1], expected[1])
+        assert len(tried) == attempts
 
 
 @pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it")

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -443,17 +444,19 @@ def test_a_ledger_that_cannot_be_written_is_a_warning(
     assert "not noted in the ledger" in caplog.text
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda length: "0" * 2 * length)
+    temporary = f"table.{os.getpid()}-00000000.writing"
     outside = tmp_path / "outside"
     outside.write_text("of the user")
     folder = tmp_path / "idx"
     folder.mkdir()
-    for name in ("ledger.jsonl", "lock", "table.writing"):
+    for name in ("ledger.jsonl", "lock", temporary):
         (folder / name).symlink_to(outside)
     with pytest.raises(OSError, match=r"ledger\.jsonl"):
         ledger.append(folder, "query", {})
     with pytest.raises(IndexStoreError, match="cannot be written to"):
         WriteLock(folder)
-    write_atomically(folder / "table", lambda file: file.write(b"new"))
-    assert (folder / "table").read_bytes() == b"new"
+    with pytest.raises(FileExistsError):
+        write_atomically(folder / "table", lambda file: file.write(b"new"))
     assert outside.read_text() == "of the user"
