@@ -52,7 +52,7 @@ from .rows import Float32, decode_rows
 Found = tuple[Float32, Int64]
 faiss: Any = _faiss  # its stubs lack half of what is used here
 _log = logging.getLogger(__name__)
-VERSION = 1  # of the codes: another number makes every index build new ones
+VERSION = 2  # of the codes: another number makes every index build new ones
 FACTORY = "HR,RaBitQ"  # RaBitQfs, the fast scan, finds nothing in gradients
 QUERY_BITS = 4  # 0 would keep queries whole, and does not return in FAISS 1.15.1
 SEGMENT_ROWS = 131_072  # 35 MB of codes at 2048 dimensions while one is built
@@ -64,6 +64,7 @@ MOST_DIRECTIONS = 2048  # of the whitening: beyond, rows hold next to nothing
 _BLOCK_ROWS = 2048
 _WHITENING = "whitening.npz"
 _QUERY_LENGTH = 1000.0  # in lengths of a row: FAISS subtracts the centre of rows from queries too
+_MOST_LENGTHS = 10.0  # in median lengths: longer rows are outliers to the centre of the codes
 _FEW = 50  # exact below one row in so many: reading those takes less than estimating them all
 _KEPT = 2  # candidates a segment hands over, in fair shares of all
 _LEAST_KEPT = 2000  # and at least so many: by measurement 99 in 100 hits are among them
@@ -286,9 +287,16 @@ def _encode(index: StoredIndex, whitening: Whitening, first: int, scale: Float32
     for block, units in index.unit_blocks(positions, _BLOCK_ROWS):
         rows = whitening.rows(decode_rows(units, factor[block - first]))
         if not codes.is_trained:
-            codes.train(rows)  # the centre: any point amidst the rows does
+            codes.train(_without_extremes(rows))  # the centre: any point amidst the rows does
         codes.add(rows)
     return codes
+
+
+def _without_extremes(rows: Float32) -> Float32:
+    """Rows cut to _MOST_LENGTHS median lengths: a single one must not carry the centre away."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    most = max(_MOST_LENGTHS * float(np.median(lengths)), float(np.finfo(np.float32).tiny))
+    return np.asarray(rows * np.minimum(1, most / np.maximum(lengths, most)), np.float32)
 
 
 def _unit(scale: Float32) -> float:

@@ -175,7 +175,7 @@ class _Started:
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{self._device}: out of memory with {batch.width} images at once; "
-                "lower --batch-size or add --low-memory"
+                "lower --batch-size or add --low-memory, with --restart if the ingest had begun"
             ) from error
         if self._device.type == "cuda":
             self._copied = torch.cuda.current_stream(self._device).record_event()

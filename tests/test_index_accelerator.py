@@ -169,6 +169,15 @@ def test_excerpts_keep_their_codes_apart(folder: Path) -> None:
         assert before.items() < after.items()
 
 
+def test_a_row_of_extreme_length_leaves_the_others_found(folder: Path, tmp_path: Path) -> None:
+    rows = make_rows()
+    rows[5] *= 1e5
+    write_index(tmp_path / "extreme", rows)
+    index, metric = StoredIndex.open(tmp_path / "extreme"), Metric("ip", "none")
+    exact = search(index, asked(), 10, metric=metric, exact=True)
+    assert recall(exact, search(index, asked(), 10, metric=metric)) >= 0.97
+
+
 def test_whitening_keeps_inner_products_and_shortens_rows(folder: Path) -> None:
     index = StoredIndex.open(folder)
     rows, (solved, _) = make_rows(500), prepare(index, asked(), METRIC)
