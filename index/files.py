@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,17 +21,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.writing")
     try:
         # Exclusive: never through a link that a folder from elsewhere holds under this name.
-        with temporary.open("xb") as file:
+        with _named(path), temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         digest = sha256_of(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # A full disk, for instance, does not say by itself which file it has no space for.
-        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -56,6 +52,18 @@ def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename survives a power cut only after this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _named(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk, for instance, does not say by itself what it has no space for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
