@@ -46,6 +46,7 @@ import numpy as np
 from . import derived
 from .manifest import Shard
 from .metrics import Curvature, Metric
+from .products import selector
 from .reader import Int64, StoredIndex
 from .rows import Float32, decode_rows
 
@@ -162,8 +163,7 @@ class Segment:
         if len(local) < self.codes.ntotal:
             chosen = np.zeros(self.codes.ntotal, np.bool_)
             chosen[local] = True
-            bits = np.packbits(chosen, bitorder="little")
-            how["sel"] = faiss.IDSelectorBitmap(bits)
+            how["sel"] = selector(chosen)
         outer = faiss.SearchParametersPreTransform(index_params=faiss.RaBitQSearchParameters(**how))
         estimates, found = self.codes.search(queries, min(count, len(local)), params=outer)
         estimates[found < 0] = -np.inf

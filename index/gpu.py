@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import faiss as _faiss
 import numpy as np
-import numpy.typing as npt
 
 from .metrics import Metric
+from .products import selector
 from .reader import Int64, StoredIndex
 from .rows import Float32, decode_rows
 
@@ -95,7 +95,7 @@ class Resident:
                 )
                 return None
             chosen = np.isin(self._positions, wanted, assume_unique=True)
-            how = faiss.SearchParameters(sel=_selector(chosen))
+            how = faiss.SearchParameters(sel=selector(chosen))
         values, found = self._rows.search(scaled, count, params=how)
         if (found < 0).any():  # what half precision cannot hold has no rank
             return None
@@ -123,16 +123,12 @@ def honours_selectors() -> bool:
     """Try it: the classic GPU build of FAISS takes a selector and searches everything."""
     rows = _flat(32)
     rows.add(np.array([[1.0] * 32, [0.5] * 32], np.float32))
-    only_second = faiss.SearchParameters(sel=_selector(np.array([False, True])))
+    only_second = faiss.SearchParameters(sel=selector(np.array([False, True])))
     try:
         _, found = rows.search(np.ones((1, 32), np.float32), 1, params=only_second)
     except RuntimeError:
         return False
     return bool(found[0, 0] == 1)
-
-
-def _selector(chosen: npt.NDArray[np.bool_]) -> Any:
-    return faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
 
 
 def _flat(dim: int) -> Any:

@@ -62,3 +62,8 @@ class Kernel:
             else:  # what overflowed was not reported
                 target.fill(np.nan)
         return products
+
+
+def selector(chosen: npt.NDArray[np.bool_]) -> Any:
+    """What lets a FAISS search look at the rows where `chosen` [n] is true."""
+    return faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))

@@ -131,7 +131,7 @@ def _check_settled(writer: IndexWriter, then: str) -> None:
 
 
 def _positions_of(stored: StoredIndex, ids: list[str]) -> Int64:
-    column = stored.items()["item_id"]
+    column = stored.items(["item_id"])["item_id"]
     asked = pa.array(ids, pa.string())
     unknown = asked.filter(pc.invert(pc.is_in(asked, column))).to_pylist()
     if unknown:

@@ -195,4 +195,5 @@ def _put(content: bytes, file: BinaryIO) -> None:
 
 
 def _outliers(index: StoredIndex) -> tuple[Outlier, ...]:
-    return tuple(norm_outliers(index.items().take(pa.array(index.live_positions))))
+    items = index.items(["item_id", "status", "gradient_norm"])
+    return tuple(norm_outliers(items.take(pa.array(index.live_positions))))

@@ -78,5 +78,5 @@ def _add(gram: Gram, index: StoredIndex, positions: Int64) -> None:
 
 
 def _squares(index: StoredIndex, positions: Int64) -> float:
-    norms = index.items()["row_norm"].to_numpy()[positions].astype(np.float64)
+    norms = index.norms[positions].astype(np.float64)
     return float(norms @ norms)
