@@ -378,7 +378,8 @@ def test_results_as_files(index: Path, tmp_path: Path) -> None:
 def test_the_command_prints_a_table_and_says_when_it_is_cut(
     index: Path, headwater: Command, tmp_path: Path
 ) -> None:
-    code, out, err = headwater("sql", index, "SELECT item_id, width, licence FROM items LIMIT 3")
+    ordered = "SELECT item_id, width, licence FROM items ORDER BY position LIMIT 3"
+    code, out, err = headwater("sql", index, ordered)
     assert (code, err) == (0, "")
     assert [line.split() for line in out.splitlines()] == [
         ["item_id", "width", "licence"], ["id0", "0", "MIT"], ["id1", "100", "CC0-1.0"],
