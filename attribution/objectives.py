@@ -77,7 +77,7 @@ def output_sign(model: Model, point: Point, e: Tensor) -> Tensor:
 
 def output_mean(model: Model, point: Point, e: Tensor) -> Tensor:
     """1 / n in every entry: the gradient of the mean of e's n entries, which has a sign."""
-    return torch.full_like(e, 1 / e[0].numel())
+    return torch.full_like(e.detach(), 1 / e[0].numel())
 
 
 def posterior_sampling(model: Model, point: Point, e: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ def residual_profile(losses: Tensor) -> Tensor:
     between 1 / T (all of them at one level) and 1 / sqrt(T) (the same at each).
     """
     residuals = losses.sqrt()
-    return residuals.mean(0) / residuals.norm(dim=0).clamp_min(1e-8)
+    lengths: Tensor = residuals.norm(dim=0).clamp_min(1e-8)
+    return residuals.mean(0) / lengths
 
 
 METHODS: dict[str, Method] = {
