@@ -32,10 +32,10 @@ from headwater.attribution import (
     generation_path,
     image_rows,
     kept,
-    label_free_damping,
     seeded_noise,
     slider_rows,
 )
+from headwater.queries import Asking
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
@@ -182,7 +182,7 @@ class Answers:
     weights: Tensor  # [N] factor of each row's score
     rows: Tensor  # [Q, S, dim] a query row for each question and seed
     curvature: Curvature
-    damping: float  # chosen without labels, in units of the rows' mean squared length
+    damping: float  # label-free, in units of the rows' mean squared length
     ingest_seconds: float
     query_seconds: float
 
@@ -216,7 +216,7 @@ def _positive(lengths: Tensor) -> Tensor:
 
 
 def answer(study: Study, configuration: Configuration) -> Answers:
-    """Compute rows, queries and curvature of one method; every derived choice is label-free."""
+    """Compute rows, queries and curvature of one method; lambda is that of a query unasked."""
     engine = Engine(study.model, configuration.recipe)
     started = time.perf_counter()
     features, weights = corpus_rows(engine, study.corpus, study.batch)
@@ -226,9 +226,7 @@ def answer(study: Study, configuration: Configuration) -> Answers:
     rows = query_rows(study, engine, configuration.query)
     float(rows.sum())  # waits for the device
     query_seconds = time.perf_counter() - started
-    damping = 1.0
-    if configuration.preconditioning == "query":
-        damping = label_free_damping(curvature, rows)
+    damping = Asking().damping
     return Answers(
         configuration, features, weights, rows, curvature, damping, ingest_seconds, query_seconds
     )
