@@ -35,6 +35,7 @@ from headwater.attribution import (
     seeded_noise,
     slider_rows,
 )
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.queries import Asking
 
 Say = Callable[[str], object]
@@ -243,7 +244,7 @@ def corpus_rows(engine: Engine, corpus: Corpus, batch: int) -> tuple[Tensor, Ten
     features = torch.cat(rows)
     if not features.isfinite().all():
         bad = corpus.keys[int((~features.isfinite().all(dim=1)).nonzero()[0])]
-        raise ValueError(f"the row of {bad} is not finite; use another dtype or method")
+        raise BenchmarkError(f"the row of {bad} is not finite; use another dtype or method")
     return features, torch.cat(weights)
 
 
@@ -280,7 +281,7 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
-            raise ValueError(f"query {kind!r} is unknown; choose contrast, image or slider")
+            raise BenchmarkError(f"query {kind!r} is unknown; choose contrast, image or slider")
     return torch.cat(parts).view(-1, seeds, dim)
 
 
