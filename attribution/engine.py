@@ -188,12 +188,12 @@ class Engine:
     ) -> Iterable[Point]:
         """x_0 with drawn noise, at every noise level."""
         # Copied once: a copy at every level would make the host wait for the level before.
-        noise = self.noise(keys).to(x_0.device)
+        noise = self.noise(keys, x_0.shape[1:]).to(x_0.device)
         return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
 
-    def noise(self, keys: Sequence[str]) -> Tensor:
-        """The noise of each key at every noise level: [B, T, C, h, w] on the host."""
-        shape = (len(self.timesteps), *self.model.sample_shape)
+    def noise(self, keys: Sequence[str], sample: Sequence[int]) -> Tensor:
+        """The noise of each key at every noise level, of samples (C, h, w): [B, T, C, h, w]."""
+        shape = (len(self.timesteps), *sample)
         if self.recipe.noise == "shared":
             keys = ["shared"] * len(keys)
         with ThreadPoolExecutor() as threads:  # numpy draws without the interpreter's lock
@@ -206,7 +206,10 @@ class Engine:
         return heard, self.model.encode_prompts([""] * len(captions))
 
     def row_gradient(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
-        """What one noise level adds to a row: `method_gradient`, or what the caption changes."""
+        """What one noise level adds to a row: `method_gradient`, or what the caption changes in it.
+
+        Norm and e are the caption's in either case.
+        """
         gradient, norm, e = self.method_gradient(point)
         if self.method.against_null:
             gradient = gradient - self.method_gradient(replace(point, states=point.null))[0]

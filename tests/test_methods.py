@@ -228,7 +228,7 @@ def test_training_on_a_high_scoring_image_lowers_the_loss_of_the_journey(model: 
     rows, _, _ = engine.raw_gradient(trained, engine.method.cotangent)
     (point,) = engine.points(x_0[:1], ["a red cat"], ["question"])
     scores = rows @ journey_rows(engine, [point], ["question"], 2.0)[0]
-    at = renoised(model, point, engine.noise(["journey/question"])[:, 0], 2.0)
+    at = renoised(model, point, engine.noise(["journey/question"], (4, 8, 8))[:, 0], 2.0)
 
     def loss(model: Model) -> float:
         with torch.no_grad():
