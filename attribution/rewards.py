@@ -51,18 +51,28 @@ def contrast_rows(
     prompts: Sequence[str],
     contrasts: Sequence[str],
     keys: Sequence[str],
+    alone: Sequence[str] | None = None,
 ) -> Tensor:
     """What each prompt changes in its picture's row against its contrast, at the same x_t.
 
     J(c)^T v(c) - J(c-)^T v(c-), each scaled as the recipe says: [S, dim]. What the picture shows
     whatever the text says cancels; what remains is how the text's concept is drawn.
+
+    With the concept `alone` (the prompt without the rest), the concept's main effect in the two by
+    two design of concept and rest (Fisher 1935): the mean of what it changes with the rest,
+    prompt - contrast, and without it, alone - nothing. What concept and rest make of each other
+    cancels, which the contrast counts as the concept's.
     """
-    lacking = engine.model.encode_prompts(contrasts)
+    others = [(contrasts, -1.0)]
+    if alone is not None:
+        others += [(alone, 1.0), ([""] * len(alone), -1.0)]
+    heard = [(engine.model.encode_prompts(texts), sign) for texts, sign in others]
     rows = torch.zeros(len(x_0), engine.projector.dim, device=engine.model.device)
     for point in engine.points(x_0, prompts, keys):
         rows += engine.method_gradient(point)[0]
-        rows -= engine.method_gradient(replace(point, states=lacking))[0]
-    return rows
+        for states, sign in heard:
+            rows += sign * engine.method_gradient(replace(point, states=states))[0]
+    return rows if alone is None else rows / 2
 
 
 def journey_rows(

@@ -63,6 +63,9 @@ def measure(
         records += _records(study, name, scores, {"label_free": True})
         say(_line(study, records[-len(study.questions) :]))
     for configuration in configurations:
+        if configuration.query == "effect" and not all(q.alone for q in study.questions):
+            say(f"{study.name} {configuration.name}: left out, no question says its concept alone")
+            continue
         answers = answer(study, configuration)
         seen(answers)
         seconds = {

@@ -110,6 +110,13 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="what the concept's words change in the picture's own row",
     ),
+    "headwater-effect": Definition(
+        method="dtrak",
+        scaling="timestep",
+        query="effect",
+        source="ours",
+        why="the same with the prompt's rest and without it, on average: the main effect",
+    ),
 }
 
 

@@ -65,6 +65,7 @@ class Question:
     contrast: str  # the prompt without the concept
     picture: str  # names the picture asked about; questions with the same name share it
     truth: npt.NDArray[np.bool_]  # [N] the carriers
+    alone: str = ""  # the concept without the rest of the prompt, where that can be said
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Configuration:
 
     name: str
     recipe: Recipe
-    query: str = "contrast"  # one of headwater.queries' kinds that need no function
+    query: str = "contrast"  # one of headwater.queries' kinds, or "effect": contrast with `alone`
     similarity: str = "ip"  # or "cosine" (Renorm-IF), "relative" (Relative-IF)
     preconditioning: str = "query"  # or "none"
     source: str = ""
@@ -308,15 +309,21 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
     for pairs in _batches(everything, study.batch):
         chosen = [picture for picture, _ in pairs]
         contrasts = [study.questions[question].contrast for _, question in pairs]
-        if kind == "contrast":
+        if kind in ("contrast", "effect"):
+            alone = [study.questions[question].alone for _, question in pairs]
+            if kind == "effect" and not all(alone):
+                raise BenchmarkError(
+                    f"{study.name}: a question does not say what its concept is alone; "
+                    "ask with contrast"
+                )
             prompts, keys = _names(study, chosen)
-            x_0 = study.pictures[chosen]
-            parts.append(contrast_rows(engine, x_0, prompts, contrasts, keys))
+            x_0, effect = study.pictures[chosen], alone if kind == "effect" else None
+            parts.append(contrast_rows(engine, x_0, prompts, contrasts, keys, effect))
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
             raise BenchmarkError(
-                f"query {kind!r} is unknown; choose contrast, image, journey or slider"
+                f"query {kind!r} is unknown; choose contrast, effect, image, journey or slider"
             )
     return torch.cat(parts).view(-1, seeds, dim)
 

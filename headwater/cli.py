@@ -243,6 +243,9 @@ def query(
     model: ModelPath,
     prompt: Annotated[str, typer.Option(help="What has the concept.")] = "",
     contrast: Annotated[str, typer.Option(help="The same without it; default: nothing.")] = "",
+    alone: Annotated[
+        str, typer.Option(help="The concept without the rest: its effect with and without it.")
+    ] = "",
     image: Annotated[Path | None, typer.Option(help="Ask about this picture.")] = None,
     method: Annotated[str, typer.Option(help="contrast, slider, image or journey.")] = "contrast",
     seeds: Annotated[int | None, typer.Option(help="Pictures or noise draws.")] = None,
@@ -299,7 +302,7 @@ def query(
     loaded = Model.from_pretrained(model, lora=lora, device=device, dtype=opened.recipe.dtype)
     with spinner("asking", quiet):
         result = opened.query(
-            Concept(prompt, contrast, image),
+            Concept(prompt, contrast, image, alone=alone),
             loaded,
             asking=asking,
             where=where,

@@ -222,6 +222,7 @@ def _question(concept: Concept, asking: Asking, where: str | None, top: int) -> 
     return {
         "prompt": concept.prompt,
         "contrast": concept.contrast,
+        "alone": concept.alone or None,
         "image": None if picture is None else str(picture),
         "where": where,
         "top": top,

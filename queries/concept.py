@@ -21,6 +21,9 @@ KINDS = ("contrast", "slider", "image", "journey", "reward")
 class Concept:
     """What `prompt` has and `contrast` has not.
 
+    `alone` names the concept without the rest of the prompt: then its effect is averaged over both,
+    with the rest and without it, which ranks better (attribution.rewards.contrast_rows).
+
     With `image` the question is about that picture (local), without it about the pictures that
     the model makes for the prompt (global). A `reward` defines the concept by a function instead.
     """
@@ -29,6 +32,7 @@ class Concept:
     contrast: str = ""
     image: str | Path | Image.Image | None = None
     reward: Reward | None = None
+    alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,20 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 f"prompt and contrast are both {concept.prompt!r}, so the concept between them is "
                 "nothing (a zero gradient); leave out of --contrast what you ask about"
             )
-    elif concept.contrast:
+        if concept.alone and asking.method != "contrast":
+            raise QueryError(
+                f"method {asking.method!r} takes no --alone ({concept.alone!r} was given); "
+                "leave it out, or ask with method 'contrast'"
+            )
+        if concept.alone and not (concept.prompt and concept.contrast):
+            raise QueryError(
+                f"--alone {concept.alone!r} is the concept without the rest of the prompt; give "
+                "the prompt with both, and the rest as --contrast"
+            )
+    elif concept.contrast or concept.alone:
         raise QueryError(
-            f"method {asking.method!r} takes no contrast ({concept.contrast!r} was given); "
+            f"method {asking.method!r} takes no contrast ({concept.contrast or concept.alone!r} "
+            "was given); "
             "leave it out, or ask with method 'contrast' or 'slider'"
         )
     if asking.method == "journey" and concept.image is not None:
@@ -106,7 +121,7 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
             "method 'journey' follows the path on which the model draws a picture, and a given "
             "picture has none; leave out --image, or ask with method 'image'"
         )
-    for text in (concept.prompt, concept.contrast):
+    for text in (concept.prompt, concept.contrast, concept.alone):
         if text != text.encode("utf-8", "replace").decode():
             raise QueryError(f"{text!r} is no valid Unicode text; type it again")
     if (asking.method == "reward") != (concept.reward is not None):

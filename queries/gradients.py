@@ -39,7 +39,7 @@ def query_rows(
     """One row per seed [S, dim] float32, and the pictures they are about: drawn, or the given."""
     model = engine.model
     compared = (concept.contrast,) if asking.method in ("contrast", "slider") else ()
-    for text in (concept.prompt, *compared):
+    for text in (concept.prompt, *compared, *filter(None, [concept.alone])):
         if reason := model.refuses(text):
             raise QueryError(f"{reason}; ask with what it was trained on")
     picture = None if concept.image is None else read_picture(concept.image)
@@ -58,7 +58,8 @@ def query_rows(
         else:
             x_0 = given.expand(len(keys), -1, -1, -1)
         if asking.method == "contrast":
-            rows.append(contrast_rows(engine, x_0, prompts, contrasts, keys))
+            alone = [concept.alone] * len(keys) if concept.alone else None
+            rows.append(contrast_rows(engine, x_0, prompts, contrasts, keys, alone))
         elif asking.method == "image":
             rows.append(image_rows(engine, x_0, prompts, keys))
         else:

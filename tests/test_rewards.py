@@ -61,6 +61,26 @@ def test_contrast_is_the_difference_at_the_same_points(model: Model, method: str
     assert not swapped.any()
 
 
+def test_a_main_effect_is_the_mean_of_both_contrasts(model: Model) -> None:
+    engine = engine_for(model, "dtrak")
+    alone = ["a cat", "a dog"]
+    found = contrast_rows(engine, pictures(), PROMPTS, CONTRASTS, KEYS, alone)
+    total = torch.zeros_like(found)
+    texts = ((PROMPTS, 0.5), (CONTRASTS, -0.5), (alone, 0.5), (["", ""], -0.5))
+    for point in engine.points(pictures(), PROMPTS, KEYS):
+        for said, sign in texts:
+            states, _ = engine.states(said)
+            row, norm, _ = engine.raw_gradient(
+                replace(point, states=states), engine.method.cotangent
+            )
+            total += sign * row / norm[:, None]
+    torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-5)
+    # Nothing but the concept was said: both contrasts are one.
+    same = contrast_rows(engine, pictures(), PROMPTS, ["", ""], KEYS, PROMPTS)
+    plain = contrast_rows(engine, pictures(), PROMPTS, ["", ""], KEYS)
+    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_slider_is_the_reward_of_the_prompts_likelihood_ratio(model: Model) -> None:
     # grad log p(c | x_t) / p(c- | x_t) = -(e(c) - e(c-)) / s_t: a reward linear in x_t with that
     # gradient must give the slider's rows, sign included.

@@ -50,9 +50,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     corpus = Corpus(x_0, captions, tuple(f"k{i}" for i in range(12)))
     truth = {word: np.array([word in caption for caption in captions]) for word in WORDS}
     questions = tuple(
-        Question(kind, f"a {word} drawing", contrast, word, truth[word])
+        Question(kind, f"a {word} drawing", contrast, word, truth[word], alone)
         for word in WORDS
-        for kind, contrast in (("object", "a drawing"), ("style", f"a {word}"))
+        for kind, contrast, alone in (
+            ("object", "a drawing", f"a {word}"),
+            ("style", f"a {word}", "a drawing"),
+        )
     )
     return Study("tiny", model, corpus, questions, seeds=2, batch=5, steps=6)
 
@@ -85,7 +88,7 @@ def test_scores_equal_dense_float64_algebra(
         torch.testing.assert_close(answers.scores(damping).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["contrast", "image", "journey", "slider"])
+@pytest.mark.parametrize("kind", ["contrast", "effect", "image", "journey", "slider"])
 def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) -> None:
     engine = Engine(study.model, RECIPE)
     rows = query_rows(study, engine, kind)
@@ -97,6 +100,9 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
             key = [f"{question.picture}#{seed}"]
             if kind == "contrast":
                 one = contrast_rows(engine, x_0, [question.prompt], [question.contrast], key)
+            elif kind == "effect":
+                texts = ([question.prompt], [question.contrast], key, [question.alone])
+                one = contrast_rows(engine, x_0, *texts)
             elif kind == "image":
                 one = image_rows(engine, x_0, [question.prompt], key)
             elif kind == "journey":
@@ -108,6 +114,10 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
             torch.testing.assert_close(rows[number, seed], one[0], rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="'nothing' is unknown"):
         query_rows(study, engine, "nothing")
+    untold = replace(study.questions[0], alone="")
+    asked = Study("untold", study.model, study.corpus, (untold,), seeds=1, steps=6)
+    with pytest.raises(ValueError, match="does not say what its concept is alone"):
+        query_rows(asked, engine, "effect")
 
 
 def test_pictures_are_drawn_once_and_differ_by_seed(study: Study) -> None:
@@ -161,6 +171,11 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     by_caption = [r for r in rows if r["method"].startswith("caption") and r["concept"] == "object"]
     assert [row["recall_at_10"] for row in by_caption] == [1.0, 1.0]
     assert len(said) == len(measuring.BASELINES) + 3
+    untold = replace(study, questions=tuple(replace(q, alone="") for q in study.questions))
+    left: list[str] = []
+    effect = Configuration("effect", RECIPE, query="effect")
+    assert measure(untold, [effect], left.append, baselines={}).num_rows == 0
+    assert "left out" in left[0]
     # Methods of one recipe share its rows; another recipe has its own.
     assert kept[0].features is kept[1].features
     assert not torch.equal(kept[1].features, kept[2].features)
