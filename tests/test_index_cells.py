@@ -299,7 +299,8 @@ def test_appended_rows_are_scanned_whole_until_they_are_many(
     for count, again in ((SHARD, False), (2 * SHARD, True)):
         caplog.clear()
         with IndexWriter.open(folder) as writer:
-            new = fog(count)
+            pairs = np.random.default_rng(count).integers(0, 40, (2, count))
+            new = (GROUPS[pairs[0]] - GROUPS[pairs[1]] + 0.1 * fog(count)).astype(np.float32)
             add(writer, new, writer.manifest.rows)
             writer.finish()
         index = StoredIndex.open(folder)

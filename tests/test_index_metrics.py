@@ -211,7 +211,7 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     index = write_index(tmp_path / "idx")
     metric = Metric("cosine", "both")
     first = row_scale(index, metric)
-    (path,) = (tmp_path / "idx" / "faiss").glob("*.npy")
+    (path,) = (tmp_path / "idx" / "faiss").rglob("*.npy")
     written = path.stat().st_mtime_ns
     np.testing.assert_array_equal(row_scale(index, metric), first)
     assert path.stat().st_mtime_ns == written
@@ -226,6 +226,17 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     assert "damaged" in caplog.text
     other = row_scale(index, Metric("cosine", "both", damping=7.0))
     assert (other != first).any()
+    # Of an index that was changed, only the lengths as they are now stay.
+    kept = set((tmp_path / "idx" / "faiss").rglob("lengths-*.npy"))
+    assert len(kept) == 2
+    with IndexWriter.open(tmp_path / "idx") as writer:
+        writer.write_tombstones(np.array([1]))
+        writer.finish(event="delete")
+    row_scale(StoredIndex.open(tmp_path / "idx"), metric)
+    now = set((tmp_path / "idx" / "faiss").rglob("lengths-*.npy"))
+    assert len(now) == 2
+    assert path not in now
+    assert len(kept & now) == 1  # of the other damping
 
 
 def test_lengths_are_not_read_or_written_through_a_link(
