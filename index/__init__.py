@@ -2,6 +2,7 @@
 
 manifest   what an index holds and with which recipe it was made (`manifest.json`)
 writer     changes to an index: new files beside the old ones, one commit makes them count
+settling   an index after a crash: what was committed is finished, what was not is removed
 parts      one part on disk: items, features and previews of the same rows
 reader     an index as it was last committed: items, streamed rows, curvature, previews
 catalog    `--where` expressions over item columns
