@@ -15,8 +15,9 @@ out by a selector; a build that was cut short goes on where it ended.
 
 From FROM_CELLS rows on, codes are sorted by cell (`cells`), and a search scans those of the cells
 nearest to its query, as many as the index itself showed to suffice. It scans all codes where half
-of the cells do not suffice, and among a part of the rows, whose best may lie in any cell. Segments
-that came after the calibration are scanned whole until it is made again.
+of the cells do not suffice, among a part of the rows, whose best may lie in any cell, and at the
+other end of a ranking. Segments that came after the calibration are scanned whole until it is made
+again.
 
 All codes are 264 B a row, read at about 10 GB/s and core, and one row in SHARE (4 KB) is scored
 exactly: for a query of 1e7 rows 0.26 core-seconds and 0.2 GB; of 1e9, over shard-holding actors,
@@ -75,12 +76,15 @@ def candidates(
     wanted: Int64,
     metric: Metric,
     proposers: set[str] | None = None,
+    *,
+    largest: bool = True,
 ) -> list[Int64] | None:
     """Return, for each query [Q, dim], ascending positions among `wanted` that may be its best.
 
     None when all of `wanted` should be looked at instead: the index is small, few rows are wanted
     or many results are, or the accelerator can be neither read nor built. `proposers` is told
-    `accelerator`, and `cells` when the codes of some cells only were scanned.
+    `accelerator`, and `cells` when the codes of some cells only were scanned. `largest` is False
+    for queries that were negated: their best are the other end of a ranking.
     """
     rows = index.manifest.rows
     count = candidates_for(rows, top)
@@ -100,8 +104,9 @@ def candidates(
     ready = opened[metric]
     if ready is None:
         return None
-    whole = len(wanted) == len(index.ok_positions)
-    visit = ready.calibration.visit(top) if whole and ready.calibration is not None else None
+    # Measured for the best among all rows; what is least like a picture gathers in no cell.
+    proved = largest and len(wanted) == len(index.ok_positions)
+    visit = ready.calibration.visit(top) if proved and ready.calibration is not None else None
     if proposers is not None:
         proposers |= {"accelerator"} if visit is None else {"accelerator", "cells"}
     return ready.candidates(queries, count, wanted, visit)

@@ -56,9 +56,11 @@ def search(
     sign = np.float32(1 if largest else -1)
     signed = vectors * sign
     proposed = None
-    for source in () if exact else (gpu, accelerator):
+    if not exact:
+        asking = index, signed, scale, top, wanted, metric, proposers
+        proposed = gpu.candidates(*asking)
         if proposed is None:
-            proposed = source.candidates(index, signed, scale, top, wanted, metric, proposers)
+            proposed = accelerator.candidates(*asking, largest=largest)
     if proposed is None:
         best, found = streamed(index, signed, scale, wanted, top, block_rows)
     else:

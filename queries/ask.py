@@ -208,8 +208,8 @@ def _told(bottom: bool, proposers: set[str]) -> Iterator[str]:
         # One process may find cells enough and another not: over a cluster, some rows are so found.
         which = "short codes, of the nearest cells only," if "cells" in proposers else "short codes"
         yield (
-            f"{which} proposed the rows that were scored: about one hit in a hundred may be "
-            "missing; --exact looks at every row"
+            f"{which} proposed the rows that were scored: about one hit in "
+            f"{'ten' if bottom else 'a hundred'} may be missing; --exact looks at every row"
         )
 
 
