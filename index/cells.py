@@ -34,7 +34,10 @@ from .whitening import Whitening
 faiss: Any = _faiss  # its stubs lack half of what is used here
 TARGET = 0.99  # of the exact best: what is proposed by visiting some cells
 TOPS = (10, 100)  # results asked for, for which it is measured
-LEAST_SHARE, MOST_SHARE = 1 / 64, 1 / 2  # of the cells visited; beyond a half, scanning all is best
+# Of the cells visited. Below an eighth, queries made of the index's own rows are too easy a proof:
+# 1/64 gave them 1.000 of the ten best, queries of rows from elsewhere .963, and .998 at an eighth.
+LEAST_SHARE = 1 / 8
+MOST_SHARE = 1 / 2  # of the codes, too; beyond, scanning all is as good
 SAMPLED = 128  # queries of each kind: a single one that finds nothing is one in a hundred
 POINTS = 32  # rows of the sample, per cell
 MOST_CELLS = 2048

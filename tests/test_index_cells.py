@@ -84,6 +84,7 @@ def folder(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     }.items():  # fmt: skip
         monkeypatch.setattr(accelerator, name, value)
     monkeypatch.setattr(cells, "TOPS", (10, 30))
+    monkeypatch.setattr(cells, "LEAST_SHARE", 1 / 64)
     monkeypatch.setattr(cells, "TARGET", 0.95)  # a contrast within a group finds no cell
     monkeypatch.setattr(cells, "cell_count", lambda rows: CELLS)
     return shutil.copytree(written, tmp_path / "idx")
