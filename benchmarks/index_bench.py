@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +26,9 @@ import pyarrow as pa
 
 from headwater.benchmarks.gradient_rows import Generator, compare
 from headwater.index import IndexStoreError, IndexWriter, Metric, StoredIndex, gpu, search
-from headwater.index.accelerator import Accelerator
+from headwater.index.accelerator import Accelerator, candidates_for
+from headwater.index.exact import rescored
 from headwater.index.metrics import prepare
-from headwater.index.search import rescored
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -38,6 +39,7 @@ GRAM_ROWS = 16_384  # of which the curvature is estimated
 QUERIES = 100
 EXACT_TIMED = 20  # queries timed alone by the exact search, which reads every row each time
 CANDIDATES = (200, 500, 1000, 2000, 5000, 10_000, 20_000)
+VISITED = (64, 32, 16, 8, 4, 2)  # one cell in so many, where codes stand in cells
 
 
 def run(
@@ -174,43 +176,58 @@ def accelerated(
     with peak_memory() as peak:
         seconds, built = timed(lambda: Accelerator.ready(index, scale, METRIC))
     files = list((index.folder / "faiss").rglob("*.*"))
-    codes = sum(f.stat().st_size for f in files if f.suffix == ".codes")
-    shared = sum(f.stat().st_size for f in files if f.suffix == ".npz")
+    codes = sum(f.stat().st_size for f in files if f.suffix in (".codes", ".layout"))
+    shared = sum(f.stat().st_size for f in files if f.suffix in (".npz", ".npy"))
     note(
         records, lines, "build accelerator", seconds=seconds, peak_mib=peak[0] / 2**20,
         code_bytes_a_row=codes / rows, whitening_mib=shared / 2**20, disk_bytes_a_row=dim * 2,
     )  # fmt: skip
-    everything = index.ok_positions
+    if built.calibration is not None:
+        records.append({"what": "cells", **asdict(built.calibration)})
+        lines += [f"- {line}" for line in built.calibration.told()]
     lines += [
         "",
-        "| candidates | recall@10 | recall@100 | p50 ms | p99 ms |",
-        "|---|---|---|---|---|",
+        "| candidates | cells | codes scanned | recall@10 | recall@100 | p50 ms | p99 ms |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for count in (c for c in CANDIDATES if 2 * c <= rows):
-        times, hits10, hits100 = [], [], []
-
-        def one(query: Float64, count: int = count) -> Int64:
-            vectors, scale = prepare(index, query[None], METRIC)
-            single = np.ascontiguousarray(vectors, dtype=np.float32)
-            proposed = built.candidates(single, count, everything)
-            found: Int64 = rescored(index, single, scale, proposed, min(100, count))[1][0]
-            return found
-
-        for query, best in zip(asked, truth, strict=True):
-            seconds, found = timed(partial(one, query))
-            times.append(seconds)
-            hits10.append(np.isin(best[:10], found[:10]).mean())
-            hits100.append(np.isin(best, found).mean())
+    jobs: list[tuple[int, int | None]] = [(c, None) for c in CANDIDATES if 2 * c <= rows]
+    if built.cells is not None:
+        count = candidates_for(rows, 10)
+        jobs += [(count, built.cells.count // part) for part in VISITED if built.cells.count > part]
+    times, hits10, hits100 = (np.empty((len(jobs), len(asked))) for _ in range(3))
+    for turn in range(len(asked)):  # all jobs in turn: what else runs slows them alike
+        for job, (count, visit) in enumerate(jobs):
+            number = (turn + 13 * job) % len(asked)  # not the rows that the job before has read
+            best = truth[number]
+            call = partial(proposed_best, index, built, asked[number], count, visit)
+            times[job, number], found = timed(call)
+            hits10[job, number] = np.isin(best[:10], found[:10]).mean()
+            hits100[job, number] = np.isin(best, found).mean()
+    vectors, _ = prepare(index, asked, METRIC)
+    for job, (count, visit) in enumerate(jobs):
         record: dict[str, Any] = {
             "what": "accelerated", "rows": rows, "dim": dim, "candidates": count,
-            "recall10": float(np.mean(hits10)), "recall100": float(np.mean(hits100)),
-            "p50": quantile(times, 0.5), "p99": quantile(times, 0.99),
+            "visit": visit, "share": built.share(vectors.astype(np.float32), count, visit),
+            "recall10": float(hits10[job].mean()), "recall100": float(hits100[job].mean()),
+            "p50": quantile(times[job], 0.5), "p99": quantile(times[job], 0.99),
         }  # fmt: skip
         records.append(record)
         lines.append(
-            f"| {count:,} | {record['recall10']:.4f} | {record['recall100']:.4f} "
+            f"| {count:,} | {'all' if visit is None else format(visit, ',')} "
+            f"| {record['share']:.0%} | {record['recall10']:.4f} | {record['recall100']:.4f} "
             f"| {record['p50'] * 1e3:.1f} | {record['p99'] * 1e3:.1f} |"
         )
+
+
+def proposed_best(
+    index: StoredIndex, built: Accelerator, query: Float64, count: int, visit: int | None
+) -> Int64:
+    """The 100 best of the candidates for one query [dim]."""
+    vectors, scale = prepare(index, query[None], METRIC)
+    single = np.ascontiguousarray(vectors, dtype=np.float32)
+    proposed = built.candidates(single, count, index.ok_positions, visit)
+    found: Int64 = rescored(index, single, scale, proposed, min(100, count))[1][0]
+    return found
 
 
 def on_gpu(
@@ -259,7 +276,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def quantile(values: list[float], q: float) -> float:
+def quantile(values: list[float] | Float64, q: float) -> float:
     return float(np.quantile(values, q))
 
 

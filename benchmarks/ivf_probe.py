@@ -22,9 +22,9 @@ import numpy.typing as npt
 from headwater.benchmarks.gradient_rows import Generator
 from headwater.benchmarks.index_bench import METRIC, QUERIES, read_real, write_index
 from headwater.index import StoredIndex, search
-from headwater.index.accelerator import Whitening
 from headwater.index.metrics import prepare
 from headwater.index.rows import Float32
+from headwater.index.whitening import Whitening
 
 Int64 = npt.NDArray[np.int64]
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)

@@ -127,7 +127,13 @@ def inspect(index: Folder) -> None:
     """Print what an index holds: counts, columns, recipe, feature space, quarantine."""
     import pyarrow as pa
 
-    from headwater.index import Catalog, StoredIndex, duplicate_counts, norm_outliers
+    from headwater.index import (
+        Catalog,
+        StoredIndex,
+        calibrations,
+        duplicate_counts,
+        norm_outliers,
+    )
 
     stored = StoredIndex.open(index)
     manifest, known = stored.manifest, stored.item_schema.names
@@ -156,6 +162,9 @@ def inspect(index: Folder) -> None:
         table.add_row("", printable(line))
     table.add_row("row", f"{manifest.dim:,} x float16")
     table.add_row("shards", f"{len(manifest.shards):,}")
+    for name, measured in calibrations(stored).items():
+        for line in measured.told():
+            table.add_row(f"cells, {name}", printable(line))
     table.add_row("feature space", printable(manifest.feature_space_id))
     for name, value in manifest.recipe.get("recipe", {}).items():
         table.add_row("  " + printable(name), printable(value))

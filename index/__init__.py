@@ -2,6 +2,7 @@
 
 manifest   what an index holds and with which recipe it was made (`manifest.json`)
 writer     changes to an index: new files beside the old ones, one commit makes them count
+settling   an index after a crash: what was committed is finished, what was not is removed
 parts      one part on disk: items, features and previews of the same rows
 reader     an index as it was last committed: items, streamed rows, curvature, previews
 catalog    `--where` expressions over item columns
@@ -14,7 +15,11 @@ outliers   items whose gradient norm stands apart
 search     the best rows for a query: exact, or exact scores of candidates found faster
 metrics    inner product and cosine, preconditioned or not, as one scale per row
 products   inner products with stored rows, by FAISS: the one kernel of scores
-accelerator  candidates of a large index from one bit per direction (RaBitQ)
+exact      exact scores of stored rows, a block at a time, and the best of them
+accelerator  candidates of a large index from short codes, of some cells or of all
+whitening  rows made short where queries are long: where codes and cells are made
+codes      one bit per direction of a whitened row (RaBitQ), a segment of shards at a time
+cells      an inverted file before the codes, and how much of it a search must look at
 gpu        candidates of rows that lie in a GPU's memory
 derived    files that can be made again, used only as this user wrote them
 excerpt    some shards of an index, read as an index of their own
@@ -29,11 +34,13 @@ errors     `IndexStoreError` and `ClusterError`, for what a user can mend
 
 from __future__ import annotations
 
+from .accelerator import calibrations
 from .actors import SearchCluster
 from .catalog import Catalog, Summary, filter_positions
 from .cluster import connected
 from .duplicates import DuplicateCounts, duplicate_counts, duplicate_groups
 from .errors import ClusterError, IndexStoreError
+from .exact import merge
 from .export import plain_json, write_csv, write_json_rows, write_parquet
 from .manifest import FILE_NAME as MANIFEST_FILE
 from .manifest import (
@@ -49,7 +56,7 @@ from .metrics import Metric
 from .outliers import Outlier, norm_outliers
 from .parts import EncodedRows, encode_items, merged_schema, save_table, stored_size, write_part
 from .reader import StoredIndex
-from .search import merge, scores, search
+from .search import scores, search
 from .sql import sql
 from .verify import Damage, Verification, verify
 from .writer import IndexWriter
@@ -72,6 +79,7 @@ __all__ = [
     "StoredIndex",
     "Summary",
     "Verification",
+    "calibrations",
     "connected",
     "duplicate_counts",
     "duplicate_groups",

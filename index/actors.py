@@ -23,11 +23,12 @@ import pyarrow as pa
 from .catalog import filter_positions
 from .cluster import connected
 from .errors import ClusterError, IndexStoreError
+from .exact import merge
 from .excerpt import Excerpt, split_shards
 from .manifest import FILE_NAME, Manifest, read_manifest
 from .reader import Int64
 from .rows import Float32
-from .search import merge, search
+from .search import search
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # actors that may be lost over one run of shards before the search is given up

@@ -37,12 +37,13 @@ def candidates(
     top: int,
     wanted: Int64,
     metric: Metric,
+    proposers: set[str] | None = None,
 ) -> list[Int64] | None:
     """Return, for each query [Q, dim], ascending positions among `wanted` that hold its best.
 
     None without a GPU or a FAISS for it, for a small index, for the first queries of a process,
     when rows or results are too many for it, and for a part of the rows when this FAISS ignores
-    selectors.
+    selectors. Otherwise `proposers` is told `gpu`.
     """
     count = min(2 * top + 64, len(wanted))
     if index.manifest.rows < FROM_ROWS or count > MOST_RESULTS or not available():
@@ -60,7 +61,10 @@ def candidates(
             _TOO_LARGE.add(index)
             return None
         _RESIDENT[index] = resident
-    return resident.candidates(queries, count, wanted)
+    proposed = resident.candidates(queries, count, wanted)
+    if proposed is not None and proposers is not None:
+        proposers.add("gpu")
+    return proposed
 
 
 class Resident:

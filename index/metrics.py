@@ -154,7 +154,8 @@ def _curved_lengths(index: StoredIndex, damping: float, power: int) -> Float64:
         key.update(f"{name} {digest}\n".encode())
     for shard in index.manifest.shards:
         key.update(shard.files[f"features/{shard.name}.npy"].encode())
-    path = index.folder / derived.FOLDER / f"lengths-{key.hexdigest()[:16]}.npy"
+    folder, kind = index.folder / derived.FOLDER / index.caches, f"lengths-{power}-{damping!r}"
+    path = folder / f"{kind}-{key.hexdigest()[:16]}.npy"
     try:
         if derived.whole(index.folder, path):
             stored: Float64 = np.load(path, allow_pickle=False)
@@ -171,6 +172,9 @@ def _curved_lengths(index: StoredIndex, damping: float, power: int) -> Float64:
     lengths = np.concatenate(pieces)
     try:
         derived.keep(index.folder, path, partial(np.save, arr=lengths, allow_pickle=False))
+        for other in folder.glob(f"{kind}-*.npy"):
+            if other != path:  # of the rows as they were
+                derived.remove(index.folder, other)
     except OSError as error:
         _log.warning("%s could not be kept and is made again next time: %s", path, error)
     return lengths

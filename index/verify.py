@@ -35,7 +35,7 @@ from .manifest import (
 )
 from .reader import StoredIndex
 from .rows import length_slack
-from .writer import COMMIT_FILE
+from .settling import COMMIT_FILE
 
 _ITEM_COLUMNS = ("item_id", "status", "error", "row_norm", "row_weight")
 _ROWS_AT_ONCE = 256

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -43,13 +42,10 @@ from .manifest import (
 from .parts import encode_items, merged_schema, save_table, write_part
 from .reader import StoredIndex
 from .rows import Float32, decode_rows
+from .settling import COMMIT_FILE, first_part, job_is_open, settle
 
-# The ledger's line of a commit, kept until it stands there: a crash cannot lose it.
-COMMIT_FILE = "commit.json"
 _DISCARDED = b'{"first_part": -1}'
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_]+")
-_PART = re.compile(r"part-(\d{5,})\.(?:npy|parquet)")
-_PART_FOLDERS = ("features", "items", "thumbs")
 
 
 class IndexWriter:
@@ -111,7 +107,7 @@ class IndexWriter:
             _check_new_folder(folder)  # another writer may have finished meanwhile
             plain = json.loads(json.dumps(dict(recipe), allow_nan=False))
             manifest = Manifest(feature_space_id=feature_space_id, recipe=plain, dim=dim)
-            _settle(folder, None)
+            settle(folder, None)
         except BaseException:
             lock.release(remove=not existed)
             raise
@@ -130,7 +126,7 @@ class IndexWriter:
         lock = WriteLock(folder)
         try:
             manifest = read_manifest(folder)
-            _settle(folder, manifest)
+            settle(folder, manifest)
         except BaseException:
             lock.release()
             raise
@@ -159,14 +155,14 @@ class IndexWriter:
 
     def unfinished_job(self) -> bool:
         """Whether an ingest into this index was cut short; its parts wait for its end."""
-        return _job_is_open(self.folder, self._committed)
+        return job_is_open(self.folder, self._committed)
 
     def discard_job(self) -> None:
         """Forget an unfinished ingest and everything that it wrote."""
         path = self.folder / JOB_FILE
         if path.exists():  # from here on it is over, even if the rest is left to the next writer
             write_atomically(path, lambda file: file.write(_DISCARDED))
-        _settle(self.folder, None if self.new else self._committed)
+        settle(self.folder, None if self.new else self._committed)
 
     def add_shard(
         self, items: pa.Table, rows: npt.NDArray[np.float32], thumbs: pa.Table
@@ -282,7 +278,7 @@ class IndexWriter:
         write_manifest(self.folder, manifest)
         self._committed = self._manifest = manifest
         self.new = False
-        _settle(self.folder, manifest)
+        settle(self.folder, manifest)
         self.close()
 
     def note(self, event: str, details: Mapping[str, Any]) -> None:
@@ -331,7 +327,7 @@ def _only_lock(folder: Path) -> bool:
 def _holds_job(folder: Path) -> bool:
     """Whether an ingest of ours was begun here; a folder named `job` may be anybody's."""
     if (folder / JOB_FILE).exists():
-        return _first_part(folder) is not None
+        return first_part(folder) is not None
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     begun = {file for file in files if re.fullmatch(rf"{re.escape(JOB_FILE)}\..*writing", file)}
     return files <= {LOCK_FILE, "job", *begun}
@@ -339,66 +335,3 @@ def _holds_job(folder: Path) -> bool:
 
 def _without(files: Mapping[str, str], top: str) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if not name.startswith(f"{top}/")}
-
-
-# After a crash ------------------------------------------------------------------------------------
-
-
-def _settle(folder: Path, manifest: Manifest | None) -> None:
-    """Finish what was committed, remove what was not; `manifest` is None in a new index."""
-    path = folder / COMMIT_FILE
-    if path.exists():
-        line = json.loads(path.read_bytes())
-        generation = line["details"]["generation"]
-        if manifest is not None and manifest.generation == generation:
-            noted = ledger.entries(folder)
-            if not any(entry["details"].get("generation") == generation for entry in noted):
-                ledger.append(folder, line["event"], line["details"])
-        path.unlink()
-    _remove_unlisted(folder, manifest)
-    job = (folder / JOB_FILE).parent
-    if job.exists() and not _job_is_open(folder, manifest):
-        for name in sorted(job.iterdir(), key=lambda path: path.name == "job.json"):  # that last
-            shutil.rmtree(name) if name.is_dir() else name.unlink()
-        job.rmdir()
-
-
-def _remove_unlisted(folder: Path, manifest: Manifest | None) -> None:
-    """Remove what looks like a file of ours and counts neither now nor for an unfinished job."""
-    listed = set(manifest.all_files()) if manifest is not None else set()
-    job_is_open = _job_is_open(folder, manifest)
-    next_part = manifest.next_part if manifest is not None else 0
-    for top in ("curvature", "tombstones", "duplicates", *_PART_FOLDERS):
-        for path in sorted((folder / top).rglob("*"), reverse=True):  # files before their folder
-            if path.is_dir():
-                with suppress(OSError):  # not empty
-                    path.rmdir()
-                continue
-            if path.relative_to(folder).as_posix() in listed:
-                continue
-            number = _PART.fullmatch(path.name)
-            ours = top not in _PART_FOLDERS or number is not None
-            waits = number is not None and job_is_open and int(number[1]) >= next_part
-            if (ours and not waits) or path.name.endswith(".writing"):
-                path.unlink()
-        with suppress(OSError):
-            (folder / top).rmdir()
-    for cut_short in (*folder.glob("*.writing"), *folder.glob("job/**/*.writing")):
-        cut_short.unlink()
-
-
-def _job_is_open(folder: Path, manifest: Manifest | None) -> bool:
-    """Whether the job that lies there still waits for its end; a committed one does not."""
-    if not (folder / JOB_FILE).exists():
-        return False
-    first_part = _first_part(folder)
-    # Of one that cannot be read, whoever goes on with it will say so.
-    return first_part is None or first_part >= (0 if manifest is None else manifest.next_part)
-
-
-def _first_part(folder: Path) -> int | None:
-    """The number of a job's first part; None if its file is not one of ours."""
-    try:
-        return int(json.loads((folder / JOB_FILE).read_bytes())["first_part"])
-    except (ValueError, KeyError, TypeError):
-        return None

@@ -205,9 +205,11 @@ def _told(bottom: bool, proposers: set[str]) -> Iterator[str]:
             "against the concept"
         )
     if "accelerator" in proposers:
+        # One process may find cells enough and another not: over a cluster, some rows are so found.
+        which = "short codes, of the nearest cells only," if "cells" in proposers else "short codes"
         yield (
-            "short codes proposed the rows that were scored: about one hit in a hundred may be "
-            "missing; --exact looks at every row"
+            f"{which} proposed the rows that were scored: about one hit in "
+            f"{'ten' if bottom else 'a hundred'} may be missing; --exact looks at every row"
         )
 
 

@@ -15,10 +15,12 @@ import pyarrow as pa
 import pytest
 
 from headwater.index import IndexWriter, Metric, StoredIndex, accelerator, derived, merge, search
+from headwater.index import codes as store
 from headwater.index.excerpt import Excerpt
 from headwater.index.files import sha256_of
 from headwater.index.manifest import Shard
 from headwater.index.metrics import prepare
+from headwater.index.whitening import Whitening
 
 faiss: Any = _faiss
 DIM, N, SHARD = 128, 6000, 500
@@ -141,7 +143,7 @@ def test_a_build_that_was_cut_short_goes_on(folder: Path, monkeypatch: pytest.Mo
     class Killed(BaseException):
         pass
 
-    real, done = accelerator._encode, []
+    real, done = store.encode, []
 
     def encode(*arguments: Any) -> Any:
         if len(done) == 2:
@@ -152,7 +154,7 @@ def test_a_build_that_was_cut_short_goes_on(folder: Path, monkeypatch: pytest.Mo
     index = StoredIndex.open(folder)
     exact = search(index, asked(), 10, metric=METRIC, exact=True)
     with monkeypatch.context() as patch:
-        patch.setattr(accelerator, "_encode", encode)
+        patch.setattr(store, "encode", encode)
         with pytest.raises(Killed):
             search(index, asked(), 10, metric=METRIC)
     part = codes(folder)
@@ -188,7 +190,7 @@ def test_a_row_of_extreme_length_leaves_the_others_found(folder: Path, tmp_path:
 def test_whitening_keeps_inner_products_and_shortens_rows(folder: Path) -> None:
     index = StoredIndex.open(folder)
     rows, (solved, _) = make_rows(500), prepare(index, asked(), METRIC)
-    whitening = accelerator.Whitening.of(index, METRIC)
+    whitening = Whitening.of(index, METRIC)
     made, vectors = whitening.rows(rows), whitening.queries(solved.astype(np.float32))
     expected = rows.astype(np.float64) @ solved.T
     factor = (made @ vectors.T) / expected
@@ -200,7 +202,7 @@ def test_whitening_keeps_inner_products_and_shortens_rows(folder: Path) -> None:
 
 def test_long_queries_do_not_overflow(folder: Path) -> None:
     index = StoredIndex.open(folder)
-    whitening = accelerator.Whitening.of(index, METRIC)
+    whitening = Whitening.of(index, METRIC)
     query = make_rows(3)
     long = whitening.queries(query * np.float32(1e30))
     np.testing.assert_allclose(long, whitening.queries(query), rtol=1e-3, atol=1e-2)
@@ -296,9 +298,9 @@ def test_what_is_not_of_these_rows_counts_as_damaged(
     first = search(StoredIndex.open(folder), asked(), 10, metric=METRIC)
     path = next(folder.rglob("*.npz" if other == "whitening" else "*.codes"))
     if other == "codes":
-        small = faiss.index_factory(8, accelerator.FACTORY, faiss.METRIC_INNER_PRODUCT)
+        small = faiss.index_factory(8, store.FACTORY, faiss.METRIC_INNER_PRODUCT)
         small.train(np.eye(8, dtype=np.float32))
-        derived.keep(folder, path, lambda file: accelerator._write(small, file))
+        derived.keep(folder, path, lambda file: store.write(small, file))
     else:
         arrays = {"vectors": np.eye(8), "factors": np.ones(8)}
         derived.keep(folder, path, lambda file: np.savez(file, **arrays))
@@ -387,12 +389,10 @@ def test_a_disk_that_fills_up_means_exact(
         def write(self, data: bytes) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(
-        accelerator, "_write", lambda codes, file, real=accelerator._write: real(codes, Full())
-    )
+    monkeypatch.setattr(store, "write", lambda codes, file, real=store.write: real(codes, Full()))
     tried = []
-    encode = accelerator._encode
-    monkeypatch.setattr(accelerator, "_encode", lambda *a: tried.append(1) or encode(*a))
+    encode = store.encode
+    monkeypatch.setattr(store, "encode", lambda *a: tried.append(1) or encode(*a))
     index = StoredIndex.open(folder)
     exact = search(index, asked(), 10, metric=METRIC, exact=True)
     for _ in range(2):

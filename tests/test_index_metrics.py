@@ -232,7 +232,7 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     index = write_index(tmp_path / "idx")
     metric = Metric("cosine", "both")
     first = row_scale(index, metric)
-    (path,) = (tmp_path / "idx" / "faiss").glob("*.npy")
+    (path,) = (tmp_path / "idx" / "faiss").rglob("*.npy")
     written = path.stat().st_mtime_ns
     np.testing.assert_array_equal(row_scale(index, metric), first)
     assert path.stat().st_mtime_ns == written
@@ -247,6 +247,17 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     assert "damaged" in caplog.text
     for other in (Metric("cosine", "both", damping=7.0), Metric("relative", "query")):
         assert (row_scale(index, other) != first).any()
+    # Of an index that was changed, only the lengths as they are now stay.
+    kept = set((tmp_path / "idx" / "faiss").rglob("lengths-*.npy"))
+    assert len(kept) == 3
+    with IndexWriter.open(tmp_path / "idx") as writer:
+        writer.write_tombstones(np.array([1]))
+        writer.finish(event="delete")
+    row_scale(StoredIndex.open(tmp_path / "idx"), metric)
+    now = set((tmp_path / "idx" / "faiss").rglob("lengths-*.npy"))
+    assert len(now) == 3
+    assert path not in now
+    assert len(kept & now) == 2  # of the other damping and the other kind
 
 
 def test_lengths_are_not_read_or_written_through_a_link(
