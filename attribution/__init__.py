@@ -21,6 +21,7 @@ compiled.py    the same off a denoiser that is compiled as one graph
 engine.py      rows of a batch
 batching.py    how many images at once
 rewards.py     query gradients
+shares.py      rows in parts, and the share of a score that enters through the text
 curvature.py   K = Phi^T Phi and preconditioned queries
 
 Knows no files and no index.
@@ -37,6 +38,7 @@ from .model import Model, quiet_libraries
 from .objectives import METHODS, Point
 from .recipe import Recipe, differences, feature_space, feature_space_id, resolved
 from .rewards import Reward, contrast_rows, image_rows, reward_rows, slider_rows
+from .shares import parted, text_share
 from .trajectory import ddim_grid, generation_path, kept, seeded_noise
 
 __all__ = [
@@ -67,9 +69,11 @@ __all__ = [
     "image_rows",
     "kept",
     "label_free_damping",
+    "parted",
     "quiet_libraries",
     "resolved",
     "reward_rows",
     "seeded_noise",
     "slider_rows",
+    "text_share",
 ]
