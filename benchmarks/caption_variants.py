@@ -32,7 +32,8 @@ from torch import Tensor
 
 from headwater.attribution import Model
 from headwater.benchmarks import record
-from headwater.benchmarks.emoji import EMOJI, METRICS, make_study, named, read
+from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, read
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.study import Answers, Configuration, Say, Study
 from headwater.benchmarks.summary import summarise
@@ -46,7 +47,17 @@ LAYERS = {
     "self-attention": r"attn1\.",
 }
 WRONG = 0.1  # share of the captions
-_TRIES = 1000
+SMALL = {
+    "rows": 200,
+    "pairs": 8,
+    "seeds": 1,
+    "batch": 32,
+    "layers": False,
+    "variants": ["true", "silent", "wrong"],
+    "languages": [],
+}
+_TRIES = 100
+Indices = npt.NDArray[np.int64]
 Names = Mapping[tuple[str, str], str]  # (language, codepoints) -> name
 
 
@@ -59,7 +70,7 @@ def run(
     pairs: int = 106,
     seeds: int = 4,
     batch: int = 1024,
-    methods: Sequence[str] = ("ours",),
+    methods: Sequence[str] = (OURS,),
     layers: bool = True,
     variants: Sequence[str] = VARIANTS,
     languages: Sequence[str] = LANGUAGES,
@@ -102,7 +113,8 @@ def run(
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
     tables, parted = [], Parted(art) if "wrong" in told else None
     for variant, captions in told.items():
-        heard = replace(study, name=variant, corpus=replace(study.corpus, captions=captions))
+        corpus_told = replace(study.corpus, captions=captions)
+        heard = replace(study, name=variant, corpus=corpus_told, _ingested={})
         seen: Callable[[Answers], object] = lambda answers: None  # noqa: E731
         if variant == "wrong" and parted is not None:
             seen = partial(parted.seen, heard)
@@ -137,7 +149,7 @@ def retold(variant: str, art: pa.Table, wording: Sequence[str], names: Names) ->
     """The caption of every image under a variant.
 
     Raises:
-        ValueError: an unknown variant, or a language without names.
+        BenchmarkError: an unknown variant, or a language without names.
     """
     full, no_object, no_style = wording
     rows = art.select(["name", "style"]).to_pylist()
@@ -153,7 +165,7 @@ def retold(variant: str, art: pa.Table, wording: Sequence[str], names: Names) ->
         captions = art["caption"].to_pylist()
         return tuple(captions[i] for i in captions_of(art))
     if not variant.startswith("in "):
-        raise ValueError(
+        raise BenchmarkError(
             f"variant {variant!r} is unknown; choose from {', '.join(VARIANTS)}, in LANGUAGE"
         )
     language = variant.removeprefix("in ")
@@ -168,17 +180,17 @@ def read_names(folder: Path, languages: Sequence[str]) -> Names:
     """The names of objects in these languages, from `names.parquet`.
 
     Raises:
-        ValueError: no such file, or no such language in it.
+        BenchmarkError: no such file, or no such language in it.
     """
     if not languages:
         return {}
     path = folder / "names.parquet"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no names.parquet; ask for no languages")
+        raise BenchmarkError(f"{folder} holds no names.parquet; ask for no languages")
     rows = pq.read_table(path).to_pylist()
     known = {row["language"] for row in rows}
     if unknown := sorted(set(languages) - known):
-        raise ValueError(
+        raise BenchmarkError(
             f"{path} has no names in {unknown[0]!r}; choose from {', '.join(sorted(known))}"
         )
     wanted = set(languages)
@@ -189,44 +201,40 @@ def read_names(folder: Path, languages: Sequence[str]) -> Names:
     }
 
 
-def captions_of(art: pa.Table, share: float = WRONG, seed: int = 0) -> npt.NDArray[np.int64]:
+def captions_of(art: pa.Table, share: float = WRONG, seed: int = 0) -> Indices:
     """Whose caption each image gets: its own, or for a share of them that of another object in
     another style. A permutation, so that every caption is there as often as before.
 
     Raises:
-        ValueError: the images are too alike to part them so.
+        BenchmarkError: the images are too alike to part them so.
     """
     names, styles = (np.array(art[column].to_pylist()) for column in ("name", "style"))
     generator = np.random.default_rng(seed)
-    chosen = generator.choice(len(art), round(share * len(art)), replace=False)
-    given = generator.permutation(chosen)
+    count = round(share * len(art))
 
-    def alike(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def alike(a: Indices, b: Indices) -> npt.NDArray[np.bool_]:
         same: npt.NDArray[np.bool_] = (names[a] == names[b]) | (styles[a] == styles[b])
         return same
 
     for _ in range(_TRIES):
-        bad = np.flatnonzero(alike(chosen, given))
-        if not len(bad):
+        chosen = generator.choice(len(art), count, replace=False)
+        given = generator.permutation(chosen)
+        for place in np.flatnonzero(alike(chosen, given)):
+            fits = ~alike(chosen[place], given) & ~alike(chosen, given[place])
+            if fits.any():  # a swap that leaves both right
+                other = generator.choice(np.flatnonzero(fits))
+                given[[place, other]] = given[[other, place]]
+        if not alike(chosen, given).any():
             whose = np.arange(len(art))
             whose[chosen] = given
             return whose
-        for place in bad:  # a swap that leaves both right
-            fits = ~alike(chosen[place], given) & ~alike(chosen, given[place])
-            if fits.any():
-                other = generator.choice(np.flatnonzero(fits))
-                given[[place, other]] = given[[other, place]]
-        if len(bad) == len(np.flatnonzero(alike(chosen, given))):
-            given = generator.permutation(given)
-    raise ValueError(
-        f"no way was found to give {len(chosen)} of {len(art)} images the caption of another "
+    raise BenchmarkError(
+        f"no way was found to give {count} of {len(art)} images the caption of another "
         "object in another style; ask for more --rows"
     )
 
 
-def write_corpus(
-    folder: Path, out: Path, variant: str, wording: Sequence[str] = EMOJI
-) -> None:
+def write_corpus(folder: Path, out: Path, variant: str, wording: Sequence[str] = EMOJI) -> None:
     """Leave the corpus under other captions in a new folder, to train a model on.
 
     The held-out pairs are copied as they are: whoever trains on silent captions has to ask about

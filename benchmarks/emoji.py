@@ -26,15 +26,18 @@ from torch import Tensor
 
 from headwater.attribution import Model
 from headwater.benchmarks import record
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import measure
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.study import Configuration, Corpus, Question, Say, Study
 from headwater.queries.gradients import to_images
 
+OURS = "headwater"
 # How captions are worded: in full, without the object, without the style.
 EMOJI = ("a {name} emoji in {style} style", "an emoji in {style} style", "a {name} emoji")
+SMALL = {"rows": 300, "pairs": 8, "seeds": 1, "batch": 32, "methods": [OURS], "pictured": 4}
 METRICS = {"object": "recall_at_10", "style": "precision_at_10"}
-OURS = "ours"
+PICTURED = (OURS, "concept-trak")  # methods whose top tens are shown
 _SLICE = 512  # pictures decoded at a time
 
 
@@ -96,10 +99,11 @@ def run(
         f"object and style that the model never saw, {seeds} pictures drawn of each. Object: the "
         "same object in other styles. Style: the same style. No image carries both."
     )
-    record.write(out, "emoji", settings, table, METRICS, intro=intro, device=str(study.model.device))
-    for method in (chosen[0].name, *(c.name for c in chosen[1:] if c.name == "Concept-TRAK")):
-        path = out / f"emoji-top10-{method.lower().replace(' ', '-')}.png"
-        record.grid(top_ten(study, art, table, method, pictured), path)
+    record.write(
+        out, "emoji", settings, table, METRICS, intro=intro, device=str(study.model.device)
+    )
+    for method in (c.name for c in chosen if c.name in PICTURED):
+        record.grid(top_ten(study, art, table, method, pictured), out / f"top10-{method}.png")
     return table
 
 
@@ -107,7 +111,7 @@ def named(methods: Sequence[str]) -> list[Configuration]:
     """The configurations of these names, ours first; all of them for none."""
     known = configurations()
     if unknown := sorted(set(methods) - known.keys()):
-        raise ValueError(f"method {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+        raise BenchmarkError(f"method {unknown[0]!r} is unknown; choose from {', '.join(known)}")
     wanted = [name for name in known if not methods or name in methods]
     return [known[name] for name in sorted(wanted, key=lambda name: name != OURS)]
 
@@ -116,18 +120,20 @@ def read(folder: Path, rows: int, pairs: int) -> tuple[pa.Table, list[dict[str, 
     """The training images and the held-out pairs that a run of this size is about.
 
     Raises:
-        ValueError: the folder is no such corpus, or smaller than asked for.
+        BenchmarkError: the folder is no such corpus, or smaller than asked for.
     """
     for name in ("train.parquet", "heldout.parquet"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no {name}; give the folder of the emoji corpus")
+            raise BenchmarkError(f"{folder} holds no {name}; give the folder of the emoji corpus")
     art, held_out = (pq.read_table(folder / name) for name in ("train.parquet", "heldout.parquet"))
     for count, there, what in (
         (rows, len(art), "images"),
         (pairs, len(held_out), "held-out pairs"),
     ):
         if count > there:
-            raise ValueError(f"{folder} holds {there} {what}, {count} were asked for; ask for fewer")
+            raise BenchmarkError(
+                f"{folder} holds {there} {what}, {count} were asked for; ask for fewer"
+            )
     if rows:
         chosen = np.random.default_rng(0).choice(len(art), rows, replace=False)
         art = art.take(np.sort(chosen))
@@ -145,9 +151,19 @@ def make_study(
     batch: int,
 ) -> Study:
     """Object and style of every pair, asked about the pictures that the model draws of it."""
+    captions, keys = (tuple(art[column].to_pylist()) for column in ("caption", "image_id"))
+    corpus = Corpus(encoded(model, art), captions, keys)
+    asked = questions(art, pairs, wording)
+    return Study("emoji", model, corpus, asked, seeds=seeds, batch=batch)
+
+
+def questions(
+    art: pa.Table, pairs: Sequence[dict[str, Any]], wording: Sequence[str] = EMOJI
+) -> tuple[Question, ...]:
+    """Of every pair its object, then its style."""
     _, no_object, no_style = wording
     names, styles = (np.array(art[column].to_pylist()) for column in ("name", "style"))
-    questions = []
+    found = []
     for pair in pairs:
         own = {"name": pair["name"], "style": pair["style"]}
         for concept, lacking, truth in (
@@ -155,12 +171,8 @@ def make_study(
             ("style", no_style, styles == pair["style"]),
         ):
             contrast = lacking.format(**own)
-            questions.append(
-                Question(concept, pair["caption"], contrast, pair["image_id"], truth)
-            )
-    captions, keys = (tuple(art[column].to_pylist()) for column in ("caption", "image_id"))
-    corpus = Corpus(encoded(model, art), captions, keys)
-    return Study("emoji", model, corpus, tuple(questions), seeds=seeds, batch=batch)
+            found.append(Question(concept, pair["caption"], contrast, pair["image_id"], truth))
+    return tuple(found)
 
 
 def encoded(model: Model, art: pa.Table) -> Tensor:
@@ -178,7 +190,7 @@ def picture(data: bytes, model: Model) -> Image.Image:
     height, width = model.image_size
     found = Image.open(io.BytesIO(data)).convert("RGB")
     if found.size != (width, height):
-        raise ValueError(
+        raise BenchmarkError(
             f"a picture of the corpus is {found.width} x {found.height}, the model makes "
             f"{width} x {height}; give the model that was trained on this corpus"
         )

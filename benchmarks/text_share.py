@@ -23,9 +23,10 @@ import torch
 
 from headwater.attribution import Engine, Model, text_share
 from headwater.benchmarks import record
-from headwater.benchmarks.emoji import EMOJI, make_study, named, read
+from headwater.benchmarks.emoji import EMOJI, OURS, make_study, named, read
 from headwater.benchmarks.study import Answers, Say, Study, answer, corpus_rows
 
+SMALL = {"rows": 200, "pairs": 4, "seeds": 1, "batch": 32}
 SHARES = ("text_share", "without_caption")
 
 
@@ -39,7 +40,7 @@ def run(
     seeds: int = 4,
     batch: int = 1024,
     hits: int = 10,
-    methods: Sequence[str] = ("ours",),
+    methods: Sequence[str] = (OURS,),
     wording: Sequence[str] = EMOJI,
     dtype: str = "auto",
     device: str = "auto",
