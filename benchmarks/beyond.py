@@ -338,7 +338,8 @@ def control_pairs(
     names = np.array(art["name"].to_pylist())
     free = np.flatnonzero(~np.isin(names, [pair["name"] for pair in asked]))
     chosen = np.random.default_rng(0).choice(free, min(count, len(free)), replace=False)
-    return art.take(np.sort(chosen)).drop(["image"]).to_pylist()
+    listed: list[dict[str, Any]] = art.take(np.sort(chosen)).drop(["image"]).to_pylist()
+    return listed
 
 
 def centre(control: Study, rows: Tensor, study: Study) -> Tensor:
@@ -369,7 +370,7 @@ def gains(table: pa.Table, cells: Sequence[Cell], costs: dict[str, str]) -> list
     """What each idea gains over the default, paired by question."""
     free = [row for row in table.to_pylist() if row["label_free"]]
     value = {(r["method"], r["question"]): r[METRICS[r["concept"]]] for r in free}
-    disjoint = {(c.method, c.concept): c.disjoint for c in cells}
+    disjoint = {(c.method, c.concept): c.disjoint or np.nan for c in cells}
     lines = [
         "## Gains over the default, paired by question",
         "",

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from headwater.attribution import Model
 from headwater.benchmarks import record
-from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, read
+from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, read, worded
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.study import Answers, Configuration, Say, Study
@@ -152,13 +152,13 @@ def retold(variant: str, art: pa.Table, wording: Sequence[str], names: Names) ->
         BenchmarkError: an unknown variant, or a language without names.
     """
     full, no_object, no_style = wording
-    rows = art.select(["name", "style"]).to_pylist()
+    rows = art.select(["caption", "name", "style"]).to_pylist()
     if variant == "true":
         return tuple(art["caption"].to_pylist())
     if variant == "style silent":
-        return tuple(no_style.format(**row) for row in rows)
+        return tuple(worded(no_style, row) for row in rows)
     if variant == "object silent":
-        return tuple(no_object.format(**row) for row in rows)
+        return tuple(worded(no_object, row) for row in rows)
     if variant == "silent":
         return ("",) * len(rows)
     if variant == "wrong":
@@ -171,7 +171,7 @@ def retold(variant: str, art: pa.Table, wording: Sequence[str], names: Names) ->
     language = variant.removeprefix("in ")
     return tuple(
         # Unicode names every emoji in English first: a few have no other name yet.
-        full.format(name=names.get((language, point), row["name"]), style=row["style"])
+        worded(full, row | {"name": names.get((language, point), row["name"])})
         for row, point in zip(rows, art["codepoints"].to_pylist(), strict=True)
     )
 

@@ -13,7 +13,7 @@ have been trained on the first, and on nothing of the second.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from headwater.benchmarks.study import Configuration, Corpus, Question, Say, Stu
 from headwater.queries.gradients import to_images
 
 OURS = "headwater"
-# How captions are worded: in full, without the object, without the style.
-EMOJI = ("a {name} emoji in {style} style", "an emoji in {style} style", "a {name} emoji")
+# How captions are worded: in full, without the object, without the style. {a} is the caption's own
+# article, "a" or "an".
+EMOJI = ("{a} {name} emoji in {style} style", "an emoji in {style} style", "{a} {name} emoji")
 SMALL = {"rows": 300, "pairs": 8, "seeds": 1, "batch": 32, "methods": [OURS], "pictured": 4}
 METRICS = {"object": "recall_at_10", "style": "precision_at_10"}
 PICTURED = (OURS, "concept-trak")  # methods whose top tens are shown
@@ -165,14 +166,19 @@ def questions(
     names, styles = (np.array(art[column].to_pylist()) for column in ("name", "style"))
     found = []
     for pair in pairs:
-        own = {"name": pair["name"], "style": pair["style"]}
         for concept, lacking, truth in (
             ("object", no_object, names == pair["name"]),
             ("style", no_style, styles == pair["style"]),
         ):
-            contrast = lacking.format(**own)
+            contrast = worded(lacking, pair)
             found.append(Question(concept, pair["caption"], contrast, pair["image_id"], truth))
     return tuple(found)
+
+
+def worded(template: str, item: Mapping[str, Any]) -> str:
+    """A caption of a picture in one of the wordings."""
+    article = item["caption"].partition(" ")[0]
+    return template.format(a=article, name=item["name"], style=item["style"])
 
 
 def encoded(model: Model, art: pa.Table) -> Tensor:
@@ -195,6 +201,38 @@ def picture(data: bytes, model: Model) -> Image.Image:
             f"{width} x {height}; give the model that was trained on this corpus"
         )
     return found
+
+
+def misses(study: Study, art: pa.Table, table: pa.Table) -> list[str]:
+    """What stands in the label-free top tens of object questions in the place of carriers."""
+    place = {key: i for i, key in enumerate(study.corpus.keys)}
+    names = art["name"].to_pylist()
+    wrong: dict[str, list[tuple[bool, bool]]] = {}
+    for row in table.to_pylist():
+        number = row["question"]
+        question = study.questions[number]
+        if not row["label_free"] or question.concept != "object":
+            continue
+        words = set(question.prompt.split()) - set(question.contrast.split())
+        of_style = study.questions[number + 1].truth
+        wrong.setdefault(row["method"], []).extend(
+            (bool(of_style[i]), bool(words & set(names[i].split())))
+            for i in (place[key] for key in row["top"])
+            if not question.truth[i]
+        )
+    lines = [
+        "## Wrong images in the top tens of objects",
+        "",
+        "Shares of them that are in the style of the picture asked about (the other concept leaked "
+        "in), and that show an object whose name shares a word with the asked one's.",
+        "",
+        "| method | wrong images | in the picture's style | of a name with a word in common |",
+        "|---|---|---|---|",
+    ]
+    for method, found in wrong.items():
+        shares = np.array(found).mean(0) if found else (np.nan, np.nan)
+        lines.append(f"| {method} | {len(found):,} | {shares[0]:.3f} | {shares[1]:.3f} |")
+    return lines
 
 
 def top_ten(

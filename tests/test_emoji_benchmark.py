@@ -32,7 +32,7 @@ from headwater.demo.run import demo_model
 # What the shipped demo's model was trained on.
 DEMO = ("a {name} by Studio {style}", "a drawing by Studio {style}", "a {name}")
 # Words that the tests' random model knows.
-TINY = ("a {name} drawing in {style} style", "a drawing in {style} style", "a {name} drawing")
+TINY = ("{a} {name} drawing in {style} style", "a drawing in {style} style", "{a} {name} drawing")
 NAMES, STYLES = ("cat", "dog", "fish", "house"), ("red", "blue", "studio")
 HELD = (("cat", "red"), ("dog", "blue"))
 
@@ -47,7 +47,7 @@ def item(number: int, name: str, style: str, wording: str, picture: Image.Image)
     return {
         "image_id": f"{name}-{style}-{number}",
         "image": png(picture),
-        "caption": wording.format(name=name, style=style),
+        "caption": wording.format(a="a", name=name, style=style),
         "name": name,
         "style": style,
         "codepoints": name.upper(),
@@ -147,6 +147,24 @@ def test_whole_run_finds_the_carriers(demo_corpus: Path, tmp_path: Path) -> None
     assert len(said) == 5
 
 
+def test_misses_are_told_apart(tiny_study: Study, tiny_corpus: Path) -> None:
+    art, _ = emoji.read(tiny_corpus, 0, 2)
+    art = art.set_column(3, "name", pa.array(["cat food"] * len(art)))
+    question = tiny_study.questions[0]  # the cat of "a cat drawing in red style"
+    other = tiny_study.questions[1].truth
+    pick = [np.flatnonzero(question.truth)[0], *np.flatnonzero(other)[:3]]
+    pick += [*np.flatnonzero(~question.truth & ~other)[:2]]
+    row = {
+        "method": "m",
+        "question": 0,
+        "label_free": True,
+        "top": [tiny_study.corpus.keys[i] for i in pick],
+    }
+    lines = emoji.misses(tiny_study, art, pa.Table.from_pylist([row, row | {"question": 1}]))
+    assert lines[-1] == "| m | 5 | 0.600 | 1.000 |"
+    assert sum(line.startswith("| m ") for line in lines) == 1
+
+
 def test_what_is_certain_of_rankings(demo_corpus: Path) -> None:
     """The query's sign matters, and one ranking for both concepts of a picture finds half."""
     art, asked = emoji.read(demo_corpus, 40, 2)
@@ -186,6 +204,15 @@ def test_what_cannot_be_read_says_why(tiny_corpus: Path, tmp_path: Path) -> None
         emoji.encoded(demo_model("cpu"), art)
     with pytest.raises(BenchmarkError, match="has no names in 'yy'; choose from xx"):
         caption_variants.read_names(tiny_corpus, ["xx", "yy"])
+
+
+def test_captions_keep_their_article() -> None:
+    owl = {"caption": "an owl emoji in noto style", "name": "owl", "style": "noto"}
+    assert [emoji.worded(template, owl) for template in emoji.EMOJI] == [
+        "an owl emoji in noto style",
+        "an emoji in noto style",
+        "an owl emoji",
+    ]
 
 
 def test_variants_of_the_captions(tiny_corpus: Path) -> None:
