@@ -45,7 +45,7 @@ from .rewards import (
     slider_rows,
 )
 from .shares import parted, text_share
-from .trajectory import ddim_grid, generation_path, kept, seeded_noise
+from .trajectory import ddim_grid, generation_path, kept, seeded_noise, stretch
 
 __all__ = [
     "METHODS",
@@ -81,5 +81,6 @@ __all__ = [
     "reward_rows",
     "seeded_noise",
     "slider_rows",
+    "stretch",
     "text_share",
 ]
