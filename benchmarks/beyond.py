@@ -228,16 +228,17 @@ def ideas(study: Study, control: Study, default: Configuration, *, passes: bool)
 def with_passes(study: Study, base: Answers) -> Iterator[Idea]:
     """The ideas that need passes of their own over the corpus."""
     default, corpus = base.configuration, study.corpus
-    engine = Engine(study.model, default.recipe)
-    for name, told, sign in (
-        ("two noises an image", replace(corpus, keys=tuple(f"{k}#2" for k in corpus.keys)), 1.0),
-        ("less the row without caption", replace(corpus, captions=("",) * len(corpus)), -1.0),
-    ):
-        more, _ = corpus_rows(engine, told, study.batch)
-        idea = changed(base, name, features=base.features + sign * more)
-        yield Idea(replace(idea, ingest_seconds=2 * base.ingest_seconds), "rows x2")
+    again = replace(corpus, keys=tuple(f"{key}#2" for key in corpus.keys))
+    more, _ = corpus_rows(Engine(study.model, default.recipe), again, study.batch)
+    twice = changed(base, "two noises an image", features=base.features + more)
+    yield Idea(replace(twice, ingest_seconds=2 * base.ingest_seconds), "rows x2")
     recipe = default.recipe
     for name, other, cost in (
+        ("rows: what the caption changes", replace(recipe, method="dtrak-text"), "rows x2"),
+        ("each layer at unit norm", replace(recipe, scaling="layer"), ""),
+        ("raw gradients", replace(recipe, scaling="none"), ""),
+        ("noise levels of the cleaner half", replace(recipe, levels="0-0.5"), ""),
+        ("noise levels of the noisier half", replace(recipe, levels="0.5-1"), ""),
         ("one noise for all", replace(recipe, noise="shared"), ""),
         *(
             (name, replace(recipe, parameters=pattern), "longer gradients")
@@ -289,7 +290,7 @@ def row_pieces(engine: Engine, corpus: Corpus, batch: int) -> tuple[Tensor, Tens
         x_0 = corpus.x_0[part].to(engine.model.device)
         levels, loss = [], []
         for point in engine.points(x_0, corpus.captions[part], corpus.keys[part]):
-            gradient, _, e = engine.method_gradient(point)
+            gradient, _, e = engine.row_gradient(point)
             levels.append(gradient)
             loss.append((e - point.eps).square().flatten(1).mean(1))
         found.append(torch.stack(levels, 1))
