@@ -55,7 +55,7 @@ def run(
     model: str,
     rows: int = 9000,
     pairs: int = 106,
-    seeds: int = 8,
+    seeds: int = 4,
     batch: int = 1024,
     controls: int = 64,
     passes: bool = True,
@@ -93,7 +93,7 @@ def run(
         study,
         name="controls",
         questions=questions(art, unrelated, wording),
-        seeds=max(1, seeds // 4),
+        seeds=max(1, seeds // 2),
         _drawings={},
     )
     (default,) = named([OURS])

@@ -18,9 +18,8 @@ concept and does not say so; an image under a carrier's caption says so and did 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
-from headwater.attribution import Model
+from headwater.attribution import Engine, Model
 from headwater.benchmarks import record
 from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, read, worded
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.measure import BASELINES, measure
-from headwater.benchmarks.study import Answers, Configuration, Say, Study
+from headwater.benchmarks.measure import BASELINES, SCHEMA, measure, measured
+from headwater.benchmarks.study import Answers, Configuration, Say, Study, answer, ingested
 from headwater.benchmarks.summary import summarise
 
 VARIANTS = ("true", "style silent", "object silent", "silent", "wrong")
@@ -111,17 +109,26 @@ def run(
     told = {v: retold(v, art, wording, names) for v in (*variants, *map("in {}".format, languages))}
     network = Model.from_pretrained(model, device=device, dtype=dtype)
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
-    tables, parted = [], Parted(art) if "wrong" in told else None
-    for variant, captions in told.items():
-        corpus_told = replace(study.corpus, captions=captions)
-        heard = replace(study, name=variant, corpus=corpus_told, _ingested={})
-        seen: Callable[[Answers], object] = lambda answers: None  # noqa: E731
-        if variant == "wrong" and parted is not None:
-            seen = partial(parted.seen, heard)
-            for name in ("caption search (BM25)", "nearest latents"):
-                parted.add(heard, name, BASELINES[name](heard))
-        tables.append(measure(heard, chosen, say, seen=seen))
-    table = pa.concat_tables(tables)
+    heard = {
+        variant: replace(
+            study, name=variant, corpus=replace(study.corpus, captions=captions), _ingested={}
+        )
+        for variant, captions in told.items()
+    }
+    parted = Parted(art) if "wrong" in told else None
+    tables = {variant: [measure(each, (), say)] for variant, each in heard.items()}
+    if parted is not None:
+        for name in ("caption search (BM25)", "nearest latents"):
+            parted.add(study, name, BASELINES[name](heard["wrong"]))
+    for configuration in chosen:
+        truly = answer(study, configuration)  # what is asked stays; only the rows change
+        for variant, each in heard.items():
+            answers = truly if variant == "true" else told_otherwise(truly, each)
+            rankings = measured(each, answers, say)
+            tables[variant].append(pa.Table.from_pylist(rankings, schema=SCHEMA))
+            if variant == "wrong" and parted is not None:
+                parted.add(study, configuration.name, answers.scores().cpu().numpy())
+    table = pa.concat_tables(part for parts in tables.values() for part in parts)
     config = record.configured(out, "caption-variants", settings, device=str(network.device))
     pq.write_table(table, out / "caption-variants.parquet")
     lines = ["# caption-variants", "", *str(__doc__).splitlines(), record.told(config), ""]
@@ -131,6 +138,19 @@ def run(
         lines += parted.markdown()
     (out / "caption-variants.md").write_text("\n".join(lines) + "\n")
     return table
+
+
+def told_otherwise(answers: Answers, study: Study) -> Answers:
+    """The same questions to rows of the images under other captions."""
+    engine = Engine(study.model, answers.configuration.recipe)
+    found = ingested(engine, study.corpus, study.batch)
+    return replace(
+        answers,
+        features=found.features,
+        weights=found.weights,
+        curvature=found.curvature,
+        ingest_seconds=found.seconds,
+    )
 
 
 def of_layers(configuration: Configuration) -> list[Configuration]:
@@ -258,16 +278,12 @@ class Parted:
         self._whose = captions_of(art)
         self.records: list[dict[str, Any]] = []
 
-    def seen(self, study: Study, answers: Answers) -> None:
-        """Take a method's scores at its own lambda."""
-        self.add(study, answers.configuration.name, answers.scores().cpu().numpy())
-
-    def add(self, study: Study, method: str, scores: npt.NDArray[Any] | Tensor) -> None:
+    def add(self, study: Study, method: str, scores: npt.NDArray[np.floating]) -> None:
         """Take scores [N, Q]."""
         for number, question in enumerate(study.questions):
             shown, said = question.truth, question.truth[self._whose]
             first = np.zeros(len(shown), bool)
-            order = np.argsort(-np.asarray(scores[:, number]), kind="stable")
+            order = np.argsort(-scores[:, number], kind="stable")
             first[order[: int((shown | said).sum())]] = True
             for kind, images in (
                 ("shown and named", shown & said),
