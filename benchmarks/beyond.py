@@ -127,13 +127,13 @@ class Combined:
 
     @property
     def ingest_seconds(self) -> float:
-        """Of all parts that have rows of their own."""
-        return sum({id(part.curvature): part.ingest_seconds for part in self.parts}.values())
+        """Of all recipes; parts of one recipe share its passes."""
+        return sum({p.configuration.recipe: p.ingest_seconds for p in self.parts}.values())
 
     @property
     def query_seconds(self) -> float:
-        """Of all parts."""
-        return sum(part.query_seconds for part in self.parts)
+        """Likewise."""
+        return sum({p.configuration.recipe: p.query_seconds for p in self.parts}.values())
 
     def scores(self, damping: float | None = None) -> Tensor:
         """[N, Q], as `Answers.scores`."""
@@ -176,21 +176,30 @@ def ideas(study: Study, control: Study, default: Configuration, *, passes: bool)
 
     other = query_pieces(study, engine, other_sides(study.questions)).sum((2, 3))
     both = rows + other
-    lonely = centre(control, query_pieces(control, engine, control.questions).sum((2, 3)), study)
-    lonely_other = query_pieces(control, engine, other_sides(control.questions)).sum((2, 3))
-    lonely_both = lonely + centre(control, lonely_other, study)
-    yield Idea(changed(base, "two contrasts", rows=both), "queries x2")
-    yield Idea(changed(base, "unrelated questions subtracted", rows=rows - lonely), "as many again")
+    unrelated = query_pieces(control, engine, control.questions).sum((2, 3))
+    unrelated_both = unrelated + query_pieces(control, engine, other_sides(control.questions)).sum(
+        (2, 3)
+    )
+    centred = rows - centre(control, unrelated, study)
+    centred_both = both - centre(control, unrelated_both, study)
     relative = changed(base, "relative", similarity="relative")
+    two = changed(base, "two contrasts", rows=both, queries=2)
+    three = changed(
+        relative, "relative, two contrasts, unrelated subtracted", rows=centred_both, queries=2
+    )
+    yield Idea(two, "queries x2")
+    alone = changed(base, "unrelated questions subtracted", rows=centred)
+    yield Idea(alone, f"{len(control.asked)} questions once an index")
     yield Idea(relative, "a solve for each row and lambda")
-    yield Idea(changed(relative, "relative, two contrasts", rows=both), "queries x2, solves")
-    all_three = changed(relative, "relative, two contrasts, unrelated subtracted")
-    yield Idea(replace(all_three, rows=both - lonely_both), "queries x2, solves")
+    both_ways = changed(relative, "relative, two contrasts", rows=both, queries=2)
+    yield Idea(both_ways, "queries x2, solves")
+    yield Idea(three, "queries x2, solves, the unrelated")
     spread = replace(default, name="several lambda averaged")
     yield Idea(Combined(spread, (base,), alike=True, dampings=SPREAD), "searches x3")
     for few in (1 << i for i in range((study.seeds - 1).bit_length())):
-        less = changed(base, f"{few} of {study.seeds} pictures", rows=rows[:, :few])
-        yield Idea(less, f"queries x{few / study.seeds:g}")
+        share = few / study.seeds
+        less = changed(base, f"{few} of {study.seeds} pictures", rows=rows[:, :few], queries=share)
+        yield Idea(less, f"queries x{share:g}")
 
     levels = pieces.shape[1]
     if study.seeds > 1:
@@ -200,6 +209,8 @@ def ideas(study: Study, control: Study, default: Configuration, *, passes: bool)
             f"{len(best)} informative noise levels of {levels}",
             features=pieces[:, best].sum((1, 2)),
             rows=asked[:, :, best].sum((2, 3)),
+            queries=len(best) / levels,
+            passes=len(best) / levels,
         )
         yield Idea(half, f"rows and queries x{len(best) / levels:g}")
     blocks = [
@@ -230,8 +241,8 @@ def with_passes(study: Study, base: Answers) -> Iterator[Idea]:
     default, corpus = base.configuration, study.corpus
     again = replace(corpus, keys=tuple(f"{key}#2" for key in corpus.keys))
     more, _ = corpus_rows(Engine(study.model, default.recipe), again, study.batch)
-    twice = changed(base, "two noises an image", features=base.features + more)
-    yield Idea(replace(twice, ingest_seconds=2 * base.ingest_seconds), "rows x2")
+    twice = changed(base, "two noises an image", features=base.features + more, passes=2)
+    yield Idea(twice, "rows x2")
     recipe = default.recipe
     for name, other, cost in (
         ("rows: what the caption changes", replace(recipe, method="dtrak-text"), "rows x2"),
@@ -268,12 +279,23 @@ def changed(
     features: Tensor | None = None,
     rows: Tensor | None = None,
     similarity: str | None = None,
+    queries: float = 1,
+    passes: float = 1,
 ) -> Answers:
-    """Answers under another name, with other features, queries or similarity."""
+    """Answers under another name, with other features, queries or similarity.
+
+    `queries` and `passes` are what the query and the rows cost in units of `base`.
+    """
     configuration = replace(
         base.configuration, name=name, similarity=similarity or base.configuration.similarity
     )
-    found = replace(base, configuration=configuration, rows=base.rows if rows is None else rows)
+    found = replace(
+        base,
+        configuration=configuration,
+        rows=base.rows if rows is None else rows,
+        ingest_seconds=passes * base.ingest_seconds,
+        query_seconds=queries * base.query_seconds,
+    )
     if features is None:
         return found
     return replace(found, features=features, curvature=curvature_of(features))
@@ -371,7 +393,7 @@ def gains(table: pa.Table, cells: Sequence[Cell], costs: dict[str, str]) -> list
     """What each idea gains over the default, paired by question."""
     free = [row for row in table.to_pylist() if row["label_free"]]
     value = {(r["method"], r["question"]): r[METRICS[r["concept"]]] for r in free}
-    disjoint = {(c.method, c.concept): c.disjoint or np.nan for c in cells}
+    disjoint = {(c.method, c.concept): np.nan if c.disjoint is None else c.disjoint for c in cells}
     lines = [
         "## Gains over the default, paired by question",
         "",

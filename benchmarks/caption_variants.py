@@ -115,27 +115,27 @@ def run(
         )
         for variant, captions in told.items()
     }
-    parted = Parted(art) if "wrong" in told else None
+    wrong = WrongCaptions(art) if "wrong" in told else None
     tables = {variant: [measure(each, (), say)] for variant, each in heard.items()}
-    if parted is not None:
+    if wrong is not None:
         for name in ("caption search (BM25)", "nearest latents"):
-            parted.add(study, name, BASELINES[name](heard["wrong"]))
+            wrong.add(study, name, BASELINES[name](heard["wrong"]))
     for configuration in chosen:
         truly = answer(study, configuration)  # what is asked stays; only the rows change
         for variant, each in heard.items():
             answers = truly if variant == "true" else told_otherwise(truly, each)
             rankings = measured(each, answers, say)
             tables[variant].append(pa.Table.from_pylist(rankings, schema=SCHEMA))
-            if variant == "wrong" and parted is not None:
-                parted.add(study, configuration.name, answers.scores().cpu().numpy())
+            if variant == "wrong" and wrong is not None:
+                wrong.add(study, configuration.name, answers.scores().cpu().numpy())
     table = pa.concat_tables(part for parts in tables.values() for part in parts)
     config = record.configured(out, "caption-variants", settings, device=str(network.device))
     pq.write_table(table, out / "caption-variants.parquet")
     lines = ["# caption-variants", "", *str(__doc__).splitlines(), record.told(config), ""]
     lines += [*heard_words(network, told), *markdown(table)]
-    if parted is not None:
-        pq.write_table(pa.Table.from_pylist(parted.records), out / "wrong-captions.parquet")
-        lines += parted.markdown()
+    if wrong is not None:
+        pq.write_table(pa.Table.from_pylist(wrong.records), out / "wrong-captions.parquet")
+        lines += wrong.markdown()
     (out / "caption-variants.md").write_text("\n".join(lines) + "\n")
     return table
 
@@ -271,7 +271,7 @@ def write_corpus(folder: Path, out: Path, variant: str, wording: Sequence[str] =
     shutil.copy(folder / "heldout.parquet", out)
 
 
-class Parted:
+class WrongCaptions:
     """Where carriers under a wrong caption rank, and others under a carrier's caption."""
 
     def __init__(self, art: pa.Table) -> None:

@@ -100,9 +100,9 @@ def run(
         f"object and style that the model never saw, {seeds} pictures drawn of each. Object: the "
         "same object in other styles. Style: the same style. No image carries both."
     )
-    record.write(
-        out, "emoji", settings, table, METRICS, intro=intro, device=str(study.model.device)
-    )
+    record.write(out, "emoji", settings, table, METRICS, intro=intro, device=str(network.device))
+    with (out / "emoji.md").open("a") as page:
+        page.write("\n".join(["", *misses(study, art, table), ""]))
     for method in (c.name for c in chosen if c.name in PICTURED):
         record.grid(top_ten(study, art, table, method, pictured), out / f"top10-{method}.png")
     return table
