@@ -21,7 +21,7 @@ from PIL import Image
 
 from headwater.attribution import Engine, Model, Recipe, parted
 from headwater.attribution.shares import TEXT_SIDE
-from headwater.benchmarks import beyond, caption_variants, emoji, text_share
+from headwater.benchmarks import beyond, caption_variants, emoji, pieces, text_share
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import latent_scores, ranking_metrics
 from headwater.benchmarks.study import Answers, Configuration, Study, answer, query_rows
@@ -381,7 +381,7 @@ def test_pieces_sum_to_the_default(tiny_study: Study) -> None:
     engine = Engine(tiny_study.model, OURS.recipe)
     split = parted(engine, (TEXT_SIDE,))
     answers = answer(tiny_study, OURS)
-    rows, losses = beyond.row_pieces(split, tiny_study.corpus, tiny_study.batch)
+    rows, losses = pieces.row_pieces(split, tiny_study.corpus, tiny_study.batch)
     assert rows.shape == (len(tiny_study.corpus), 3, 2, 96)
     torch.testing.assert_close(rows.sum((1, 2)), answers.features, rtol=1e-4, atol=1e-5)
     # The weight of `das` is the training loss.
@@ -389,7 +389,7 @@ def test_pieces_sum_to_the_default(tiny_study: Study) -> None:
         tiny_study.corpus.x_0, tiny_study.corpus.captions, tiny_study.corpus.keys
     )
     torch.testing.assert_close(losses / losses.mean(), weights.weights / weights.weights.mean())
-    asked = beyond.query_pieces(tiny_study, split, tiny_study.questions)
+    asked = pieces.query_pieces(tiny_study, split, tiny_study.questions)
     expected = query_rows(tiny_study, engine, "contrast")
     torch.testing.assert_close(asked.sum((2, 3)), expected, rtol=1e-3, atol=1e-4)
     other = beyond.other_sides(tiny_study.questions)
@@ -398,7 +398,7 @@ def test_pieces_sum_to_the_default(tiny_study: Study) -> None:
         ("a drawing in red style", ""),
     ]
     assert not torch.allclose(
-        beyond.query_pieces(tiny_study, split, other).sum((2, 3)), expected, atol=1e-2
+        pieces.query_pieces(tiny_study, split, other).sum((2, 3)), expected, atol=1e-2
     )
 
 
@@ -437,7 +437,7 @@ def test_blocks_of_curvature_equal_dense_algebra() -> None:
 def test_information_of_noise_levels_against_a_plain_loop() -> None:
     asked = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)).double()
     asked[:, :, 1] += 3 * torch.eye(3, 5).double()[:, None]  # questions differ at level 1
-    found = beyond.informative(asked)
+    found = pieces.informative(asked)
     for level in range(2):
         same, across = [], []
         vectors = {(q, s): asked[q, s, level] for q in range(3) for s in range(4)}
