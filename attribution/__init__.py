@@ -21,6 +21,7 @@ compiled.py    the same off a denoiser that is compiled as one graph
 engine.py      rows of a batch
 batching.py    how many images at once
 rewards.py     query gradients
+shares.py      rows in parts, and the share of a score that enters through the text
 curvature.py   K = Phi^T Phi and preconditioned queries
 
 Knows no files and no index.
@@ -43,6 +44,7 @@ from .rewards import (
     reward_rows,
     slider_rows,
 )
+from .shares import parted, text_share
 from .trajectory import ddim_grid, generation_path, kept, seeded_noise, stretch
 
 __all__ = [
@@ -73,10 +75,12 @@ __all__ = [
     "image_rows",
     "journey_rows",
     "kept",
+    "parted",
     "quiet_libraries",
     "resolved",
     "reward_rows",
     "seeded_noise",
     "slider_rows",
     "stretch",
+    "text_share",
 ]

@@ -10,22 +10,24 @@ pictures are those that the float32 model drew.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from headwater.attribution import Engine, Model, Recipe
-from headwater.benchmarks.emoji_bench import arguments, load
-from headwater.benchmarks.emoji_projections import ask
+from headwater.benchmarks.emoji_projections import arguments, ask, study_of
+from headwater.benchmarks.study import ingested, query_rows
 
 
 def main() -> None:
     """Rows and queries in every precision, against float32."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments(parser, rows=3000, batch=256)
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    arguments(parser, batch=256)
     parser.add_argument("--methods", nargs="+", default=["dtrak", "das", "cfg", "dps"])
     args = parser.parse_args()
-    bench, machine = load(args, "float32")
+    study, machine = study_of(args, "float32")
+    study.drawn()
     lines = [
         f"{machine}, torch {torch.__version__}, {args.rows:,} rows, {args.pairs} pairs, "
         f"{args.seeds} seeds\n",
@@ -34,18 +36,21 @@ def main() -> None:
     ]
     exact: dict[str, torch.Tensor] = {}
     for dtype in ("float32", "bfloat16", "float16"):
-        bench.model = Model.from_pretrained(args.model, device=str(bench.model.device), dtype=dtype)
+        device = str(study.model.device)
+        model = Model.from_pretrained(args.model, device=device, dtype=dtype)
+        same = replace(study, model=model)  # with the pictures that are drawn already
         for method in args.methods:
-            engine = Engine(bench.model, Recipe(method=method))
-            features, _, rate = bench.ingest(engine)
-            reference = exact.setdefault(method, features)
-            cosine = torch.cosine_similarity(features, reference)
+            engine = Engine(model, Recipe(method=method))
+            found = ingested(engine, same.corpus, same.batch)
+            reference = exact.setdefault(method, found.features)
+            cosine = torch.cosine_similarity(found.features, reference)
             answers = " | | "
             if method == "dtrak":
-                recall, precision = ask(bench, features, bench.queries(engine, "contrast"))
+                queries = query_rows(same, engine, "contrast").mean(1)
+                recall, precision = ask(same, found.features, queries)
                 answers = f" {np.nanmean(recall):.3f} | {precision.mean():.3f} "
             lines.append(
-                f"| {method} | {dtype} | {rate:.0f} "
+                f"| {method} | {dtype} | {len(cosine) / found.seconds:.0f} "
                 f"| {float(cosine.mean()):.5f}, {float(cosine.min()):.5f} |{answers}|"
             )
             print(lines[-1], flush=True)

@@ -15,16 +15,20 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headwater.attribution import Engine, Recipe
+from headwater.attribution import Engine, Model, Recipe
 from headwater.attribution.layers import Slot
 from headwater.attribution.projection import KINDS, Projector, make_projector
-from headwater.benchmarks.emoji_bench import Bench, arguments, load
+from headwater.benchmarks.emoji import make_study, read
+from headwater.benchmarks.measure import ranking_metrics
+from headwater.benchmarks.record import machine
+from headwater.benchmarks.study import Study, corpus_rows, query_rows
 
 DAMPING = 3.0  # in mean squared lengths of a row: the default of queries
 RESAMPLES = 4000
@@ -34,30 +38,30 @@ Measured = tuple[np.ndarray, np.ndarray]  # object recall [P] and style precisio
 
 def main() -> None:
     """Project, ask and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments(parser, rows=3000, batch=64)
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    arguments(parser, batch=64)
     parser.add_argument("--dtype", default="auto", help="precision of the denoiser's passes")
     parser.add_argument("--kinds", nargs="+", default=[k for k in KINDS if k != "identity"])
     parser.add_argument("--widths", nargs="+", type=int, default=[2**i for i in range(9, 16)])
     parser.add_argument("--draws", type=int, default=3, help="projection seeds to average over")
     args = parser.parse_args()
-    bench, machine = load(args, args.dtype)
-    if not any(same.any() for same, _ in bench.truth):
+    study, machine = study_of(args, args.dtype)
+    if not any(q.truth.any() for q in study.questions if q.concept == "object"):
         parser.error("no held-out object is among the rows; raise --rows or --pairs")
-    engine = Engine(bench.model, Recipe(projection="identity"))
+    engine = Engine(study.model, Recipe(projection="identity"))
     slots = engine.selection.slots
     for kind in args.kinds:  # what cannot be made says so before the long part
         make_projector(kind, slots=slots, dim=args.widths[0], seed=0)
-    features, _, rate = bench.ingest(engine)
-    queries = bench.queries(engine, "contrast")
-    print(f"{len(features)} rows of {features.shape[1]} at {rate:.1f} a second", flush=True)
+    features, _ = corpus_rows(engine, study.corpus, study.batch)
+    queries = query_rows(study, engine, "contrast").mean(1)
+    print(f"{len(features)} rows of {features.shape[1]}", flush=True)
     common = {
         "machine": machine,
         "rows": len(features),
-        "pairs": len(bench.truth),
+        "pairs": len(study.asked),
         "seeds": args.seeds,
     }
-    exact = ask(bench, features, queries)
+    exact = ask(study, features, queries)
     records = [
         record("unprojected", features.shape[1], [exact], exact, 0.0) | {"asked": 0, "draws": 1}
     ]
@@ -69,7 +73,7 @@ def main() -> None:
                 project(projector, slots, features[:SAMPLES])  # compiles and draws
                 rows, taken = project(projector, slots, features)
                 seconds.append(taken)
-                found.append(ask(bench, rows, project(projector, slots, queries)[0]))
+                found.append(ask(study, rows, project(projector, slots, queries)[0]))
             cost = min(seconds) / len(features) * 1000
             records.append(
                 record(kind, projector.dim, found, exact, cost)
@@ -80,6 +84,27 @@ def main() -> None:
     table = markdown(records)
     args.out.with_suffix(".md").write_text(table)
     print(table)
+
+
+def arguments(parser: argparse.ArgumentParser, *, batch: int) -> None:
+    """What a measurement on this corpus is told."""
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=3000, help="0 for the whole corpus")
+    parser.add_argument("--pairs", type=int, default=106)
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=batch)
+
+
+def study_of(args: argparse.Namespace, dtype: str) -> tuple[Study, str]:
+    """The study that the arguments ask for, and the name of the machine; no TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = Model.from_pretrained(args.model, dtype=dtype)
+    art, pairs = read(args.corpus, args.rows, args.pairs)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    study = make_study(model, art, pairs, seeds=args.seeds, batch=args.batch)
+    return study, machine(str(model.device))["machine"]
 
 
 def project(projector: Projector, slots: Sequence[Slot], gradients: Tensor) -> tuple[Tensor, float]:
@@ -97,7 +122,7 @@ def project(projector: Projector, slots: Sequence[Slot], gradients: Tensor) -> t
     return rows, time.perf_counter() - started
 
 
-def ask(bench: Bench, rows: Tensor, queries: Tensor) -> Measured:
+def ask(study: Study, rows: Tensor, queries: Tensor) -> Measured:
     """What the queries find, by the dual form Phi (K + lambda)^-1 q = (G + lambda)^-1 Phi q."""
     count = len(rows)
     gram = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
@@ -108,7 +133,13 @@ def ask(bench: Bench, rows: Tensor, queries: Tensor) -> Measured:
         matched.addmm_(block, asked.double().mT)
     gram.diagonal().add_(DAMPING * float(gram.trace()) / count)
     scores = torch.cholesky_solve(matched, torch.linalg.cholesky(gram))
-    return bench.measure(scores.topk(10, dim=0).indices.cpu().numpy())
+    order = scores.argsort(dim=0, descending=True, stable=True).cpu().numpy()
+    found = [
+        ranking_metrics(question.truth[order[:, i]]) for i, question in enumerate(study.questions)
+    ]
+    recall = [metrics[1] for metrics in found[::2]]
+    precision = [metrics[0] for metrics in found[1::2]]
+    return np.array(recall), np.array(precision)
 
 
 def record(

@@ -7,7 +7,7 @@ against the carriers of the question's concept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import bm25s
 import numpy as np
@@ -68,22 +68,45 @@ def measure(
             continue
         answers = answer(study, configuration)
         seen(answers)
-        seconds = {
-            "ingest_seconds": answers.ingest_seconds,
-            "query_seconds": answers.query_seconds / len(study.questions),
-        }
-        for damping in _wanted(answers, dampings):
-            facts = seconds | {
-                "damping": damping,
-                "label_free": damping is None or damping == answers.damping,
-            }
-            records += _records(study, configuration.name, answers.scores(damping), facts)
-            if facts["label_free"]:
-                say(_line(study, records[-len(study.questions) :]))
+        records += measured(study, answers, say, dampings)
     return pa.Table.from_pylist(records, schema=SCHEMA)
 
 
-def _wanted(answers: Answers, dampings: Sequence[float]) -> list[float | None]:
+class Scored(Protocol):
+    """What can be measured: `Answers`, or several of them put together."""
+
+    @property
+    def configuration(self) -> Configuration: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def ingest_seconds(self) -> float: ...
+    @property
+    def query_seconds(self) -> float: ...
+    def scores(self, damping: float | None = None) -> Tensor: ...
+
+
+def measured(
+    study: Study, answers: Scored, say: Say, dampings: Sequence[float] = DAMPINGS
+) -> list[dict[str, Any]]:
+    """The rows of one method, by `SCHEMA`."""
+    records: list[dict[str, Any]] = []
+    seconds = {
+        "ingest_seconds": answers.ingest_seconds,
+        "query_seconds": answers.query_seconds / len(study.questions),
+    }
+    for damping in _wanted(answers, dampings):
+        facts = seconds | {
+            "damping": damping,
+            "label_free": damping is None or damping == answers.damping,
+        }
+        records += _records(study, answers.configuration.name, answers.scores(damping), facts)
+        if facts["label_free"]:
+            say(_line(study, records[-len(study.questions) :]))
+    return records
+
+
+def _wanted(answers: Scored, dampings: Sequence[float]) -> list[float | None]:
     if answers.configuration.preconditioning == "none":
         return [None]
     return [*sorted({*dampings, answers.damping})]
@@ -146,17 +169,18 @@ def random_scores(study: Study) -> npt.NDArray[np.float64]:
 
 def caption_scores(study: Study) -> npt.NDArray[np.float64]:
     """Caption search: BM25 of the words that the prompt has and the contrast has not."""
-    retriever = bm25s.BM25()
+    nothing = np.zeros(len(study.corpus))
     words = bm25s.tokenize(list(study.corpus.captions), stopwords=None, show_progress=False)
+    if not any(words.ids):  # no caption says a word
+        return np.stack([nothing] * len(study.questions), 1)
+    retriever = bm25s.BM25()
     retriever.index(words, show_progress=False)
     columns = []
     for question in study.questions:
         lacking = set(_words(question.contrast))
         asked = [word for word in _words(question.prompt) if word not in lacking]
         known = [word for word in asked if word in words.vocab]
-        columns.append(
-            retriever.get_scores(known).astype(np.float64) if known else np.zeros(len(study.corpus))
-        )
+        columns.append(retriever.get_scores(known).astype(np.float64) if known else nothing)
     return np.stack(columns, 1)
 
 

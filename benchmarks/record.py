@@ -55,9 +55,7 @@ def write(
         intro: what was asked of what, in Markdown.
         device: where it ran: `cuda`, `cpu`, ...
     """
-    out.mkdir(parents=True, exist_ok=True)
-    config = {"benchmark": name, "settings": dict(settings), **machine(device)}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = configured(out, name, settings, device=device)
     pq.write_table(table, out / f"{name}.parquet")
     cells = summarise(table, metrics)
     lines = [f"# {name}", "", intro.strip(), "", told(config), "", *markdown(cells, metrics)]
@@ -66,6 +64,14 @@ def write(
     plot_lambda(table, cells, metrics, out / f"{name}-lambda.png")
     plot_cost(table, cells, out / f"{name}-cost.png")
     return cells
+
+
+def configured(out: Path, name: str, settings: Mapping[str, Any], *, device: str) -> dict[str, Any]:
+    """Make the folder of a run with its `config.json`, and return what that says."""
+    out.mkdir(parents=True, exist_ok=True)
+    config = {"benchmark": name, "settings": dict(settings), **machine(device)}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
 
 
 def machine(device: str) -> dict[str, str]:

@@ -207,16 +207,20 @@ class Answers:
         """[Q, dim] averaged over seeds."""
         return self.rows.mean(1)
 
+    def solved(self, damping: float | None = None) -> Tensor:
+        """[Q, dim] float64: what rows are multiplied with, preconditioned where that is asked."""
+        queries = self.queries.double()
+        if self.configuration.preconditioning != "query":
+            return queries
+        return self.curvature.precondition(queries, self.damping if damping is None else damping)
+
     def scores(self, damping: float | None = None) -> Tensor:
         """How much each image taught each question's concept: [N, Q] float32.
 
         `damping` None: the one chosen without labels. Unused without preconditioning.
         """
         config, damping = self.configuration, self.damping if damping is None else damping
-        solved = self.queries.double()
-        if config.preconditioning == "query":
-            solved = self.curvature.precondition(solved, damping)
-        scores = self.features @ solved.to(self.features).mT
+        scores = self.features @ self.solved(damping).to(self.features).mT
         scale = self.weights
         if config.similarity == "cosine":
             scale = scale / _positive(self.features.norm(dim=1))
