@@ -304,12 +304,9 @@ def changed(
 def other_sides(asked: Sequence[Question]) -> list[Question]:
     """The same concept against nothing instead of in company, about the same pictures.
 
-    "A fish in Y style" against "an emoji in Y style" becomes "a fish" against the empty prompt:
-    what the other question of the picture leaves out is this one's prompt.
+    "A fish in Y style" against "an emoji in Y style" becomes "a fish" against the empty prompt.
     """
-    contrasts = {(question.picture, question.concept): question.contrast for question in asked}
-    turned = {"object": "style", "style": "object"}
-    return [replace(q, prompt=contrasts[q.picture, turned[q.concept]], contrast="") for q in asked]
+    return [replace(question, prompt=question.alone, contrast="") for question in asked]
 
 
 def control_pairs(

@@ -166,12 +166,10 @@ def questions(
     names, styles = (np.array(art[column].to_pylist()) for column in ("name", "style"))
     found = []
     for pair in pairs:
-        for concept, lacking, truth in (
-            ("object", no_object, names == pair["name"]),
-            ("style", no_style, styles == pair["style"]),
-        ):
-            contrast = worded(lacking, pair)
-            found.append(Question(concept, pair["caption"], contrast, pair["image_id"], truth))
+        asked, picture = pair["caption"], pair["image_id"]
+        styled, named = worded(no_object, pair), worded(no_style, pair)
+        found.append(Question("object", asked, styled, picture, names == pair["name"], named))
+        found.append(Question("style", asked, named, picture, styles == pair["style"], styled))
     return tuple(found)
 
 

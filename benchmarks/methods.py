@@ -110,12 +110,21 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="what the concept's words change in the picture's own row",
     ),
+    "headwater-relative": Definition(
+        method="dtrak",
+        scaling="timestep",
+        query="contrast",
+        similarity="relative",
+        source="ours",
+        why="the same over |K^-1 g|: a row that is long to every question ranks high for none",
+    ),
     "headwater-effect": Definition(
         method="dtrak",
         scaling="timestep",
         query="effect",
+        similarity="relative",
         source="ours",
-        why="the same with the prompt's rest and without it, on average: the main effect",
+        why="and with the prompt's rest and without it, on average: the concept's main effect",
     ),
 }
 

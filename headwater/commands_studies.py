@@ -1,4 +1,4 @@
-"""The commands `headwater bench synthetic|faces|emoji|abc|abc-mini|lds|counterfactual`.
+"""The commands `headwater bench STUDY`: methods compared on questions with known answers.
 
 Each runs one module of headwater.benchmarks, whose `run` says what its settings are: those of the
 full measurement, those of `--small`, or those of a record that is replayed.
@@ -20,6 +20,9 @@ STUDIES = {
     "synthetic": "Shapes and colours, one pair of them never shown: who taught each half of it?",
     "faces": "Drawn faces with three attributes, one triple of them never shown.",
     "emoji": "Real art: object and style of pairs that the model never saw (--corpus, --model).",
+    "caption-variants": "The emoji questions to rows of other captions: influence, or words?",
+    "text-share": "How much of a hit's score enters through the text (--corpus, --model).",
+    "beyond": "Ideas for more accuracy on the emoji questions, each with its gain and cost.",
     "abc": "AbC: exemplars of customised models among LAION images (--tree, --model).",
     "abc-mini": "AbC's question on emoji: new subjects, taught here (--corpus, --model).",
     "lds": "Linear datamodeling score: predicted against true effect of retraining on subsets.",

@@ -35,7 +35,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_the_readme_gives_the_options_of_every_method(name: str) -> None:
     row, default = METHODS_TABLE[name], Asking()
     if row.query == "effect":  # a contrast that is told more of the concept
-        assert f"| {name} | the defaults | `--alone TEXT` |" in README
+        assert f"| {name} | the defaults | `--alone TEXT --similarity relative` |" in README
         return
     ingest = {"method": row.method, "scaling": row.scaling}
     query = {
