@@ -96,8 +96,8 @@ class Job:
     seed: int  # of its first weights and of its noise
 
 
-def small_unet(base: Model, widths: Sequence[int], seed: int) -> Any:
-    """An untrained UNet for the base's latents and text."""
+def small_unet(base: Model, widths: Sequence[int], side: int, seed: int) -> Any:
+    """An untrained UNet for the base's text and for latents of `side` x `side`."""
     config = base.denoiser.config
     attends = [level > 0 for level in range(len(widths))]
     down = ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends]
@@ -105,7 +105,7 @@ def small_unet(base: Model, widths: Sequence[int], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel(
-            sample_size=config.sample_size,
+            sample_size=side,
             in_channels=config.in_channels,
             out_channels=config.in_channels,
             block_out_channels=tuple(widths),
@@ -239,7 +239,8 @@ def _train(
 ) -> tuple[nn.Module, Tensor]:
     """The trained stack and its models' losses [M], averaged over the last tenth of the steps."""
     device = lessons.x_0.device
-    first = {job.seed: small_unet(base, training.widths, job.seed) for job in jobs}
+    side = lessons.x_0.shape[-1]
+    first = {job.seed: small_unet(base, training.widths, side, job.seed) for job in jobs}
     stacked = stack([first[job.seed] for job in jobs]).to(device).train()
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(
@@ -260,13 +261,13 @@ def _train(
 
     if on_gpu:
         _choose_convolution(stacked, batch, say)
-    side = torch.cuda.Stream() if on_gpu else None
+    stream = torch.cuda.Stream() if on_gpu else None
     graph = None
     total, last = torch.zeros_like(latest), max(1, training.steps // 10)
     for number in range(training.steps):
         batch.draws.advance()
         _set_rate(optimizer, _rate(number, training))
-        if side is not None and number == _WARM:
+        if stream is not None and number == _WARM:
             optimizer.zero_grad(set_to_none=True)  # gradients belong into the graph's own memory
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -275,7 +276,7 @@ def _train(
             graph.replay()
         else:
             optimizer.zero_grad(set_to_none=True)
-            _beside(side, step)
+            _beside(stream, step)
         if number >= training.steps - last:
             total += latest
     return stacked, total / last
@@ -298,15 +299,15 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def _beside(side: torch.cuda.Stream | None, step: Callable[[], None]) -> None:
+def _beside(stream: torch.cuda.Stream | None, step: Callable[[], None]) -> None:
     """Run a step on a stream of its own, as those before a recording must."""
-    if side is None:
+    if stream is None:
         step()
         return
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         step()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _choose_convolution(stacked: nn.Module, batch: _Step, say: Say) -> None:

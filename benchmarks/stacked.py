@@ -102,8 +102,8 @@ class _GroupNorm(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.group_norm(x, self.groups, eps=self.eps)
-        y = y.unflatten(0, (-1, len(self.weight))).flatten(3)
-        return (y * self.weight[..., None] + self.bias[..., None]).view(x.shape)
+        y = y.unflatten(0, (-1, len(self.weight))).flatten(3).mT
+        return _scaled(y, self.weight, self.bias).mT.reshape(x.shape)
 
 
 class _LayerNorm(_Layer):
@@ -115,7 +115,7 @@ class _LayerNorm(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x, self.shape, eps=self.eps).unflatten(0, (-1, len(self.weight)))
-        return (y * self.weight[:, None] + self.bias[:, None]).view(x.shape)
+        return _scaled(y, self.weight, self.bias).view(x.shape)
 
 
 _KINDS: dict[type[nn.Module], Callable[[Sequence[Any]], nn.Module]] = {
@@ -133,6 +133,12 @@ def _affine(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias[:, None], rows, kernel)
 
 
+def _scaled(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[B, M, n, C] * [M, C] (+ [M, C])."""
+    y = y * weight[:, None]
+    return y if bias is None else y + bias[:, None]
+
+
 def stack(unets: Sequence[nn.Module]) -> nn.Module:
     """M modules of one architecture as one; its state is theirs with M as first dimension.
 
@@ -143,11 +149,15 @@ def stack(unets: Sequence[nn.Module]) -> nn.Module:
     for name, layer in unets[0].named_modules():
         if isinstance(layer, nn.Dropout) and layer.p:
             raise ValueError(f"{name} drops out; stacked models draw no randomness: set p to 0")
-        if type(layer) in _KINDS:
-            layers = [unet.get_submodule(name) for unet in unets]
-            stacked.set_submodule(name, _KINDS[type(layer)](layers))
-        elif next(layer.parameters(recurse=False), None) is not None:
-            raise ValueError(f"{name}, a {type(layer).__name__}, cannot be stacked")
+        if next(layer.parameters(recurse=False), None) is None:
+            continue
+        if type(layer) not in _KINDS:
+            raise ValueError(
+                f"{name}, a {type(layer).__name__}, cannot be stacked; "
+                f"{', '.join(kind.__name__ for kind in _KINDS)} can"
+            )
+        layers = [unet.get_submodule(name) for unet in unets]
+        stacked.set_submodule(name, _KINDS[type(layer)](layers))
     return stacked
 
 

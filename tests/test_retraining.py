@@ -33,7 +33,7 @@ def lessons(base: Model) -> Lessons:
 
 def unets(base: Model, count: int, widths: tuple[int, ...] = (8, 16)) -> list[Any]:
     """Small UNets whose weights differ everywhere, biases and norms too."""
-    made = [retraining.small_unet(base, widths, seed) for seed in range(count)]
+    made = [retraining.small_unet(base, widths, 8, seed) for seed in range(count)]
     for seed, unet in enumerate(made):
         generator = torch.Generator().manual_seed(100 + seed)
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_what_cannot_be_stacked_is_refused(module: nn.Module, message: str) -> N
 
 def alone(base: Model, lessons: Lessons, job: Job, training: Training) -> Any:
     """The model of one job by a plain loop over steps and pictures, with an ordinary UNet."""
-    unet = retraining.small_unet(base, training.widths, job.seed)
+    unet = retraining.small_unet(base, training.widths, 8, job.seed)
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=training.weight_decay)
     generator = torch.Generator().manual_seed(job.seed)
     a, s = base.schedule.coefficients(torch.arange(1000))
@@ -137,7 +137,7 @@ def test_each_model_of_a_batched_training_is_the_one_trained_alone(
     said: list[str] = []
     whole = train(base, lessons, jobs, TRAINING, at_once=at_once, say=said.append)
     assert len(said) == -(-3 // at_once)
-    first = retraining.small_unet(base, TRAINING.widths, 5)
+    first = retraining.small_unet(base, TRAINING.widths, 8, 5)
     for m, job in enumerate(jobs):
         expected = alone(base, lessons, job, TRAINING).state_dict()
         found = stacked.taken(whole, m, first).state_dict()
@@ -171,7 +171,7 @@ def test_a_trained_model_is_a_standard_pipeline(
 ) -> None:
     jobs = [Job(torch.arange(10), seed=1), Job(torch.arange(5), seed=2)]
     whole = train(base, lessons, jobs, TRAINING, at_once=2, say=lambda _: None)
-    unet = stacked.taken(whole, 1, retraining.small_unet(base, TRAINING.widths, 0))
+    unet = stacked.taken(whole, 1, retraining.small_unet(base, TRAINING.widths, 8, 0))
     retraining.pipeline_of(base, unet).save_pretrained(tmp_path / "model")
     loaded = Model.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
     assert loaded.fingerprint["vae"] == base.fingerprint["vae"]
