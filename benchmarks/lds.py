@@ -27,14 +27,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from headwater.attribution import Model, Recipe, kept, seeded_noise
-from headwater.attribution.conditions import Conditions
+from headwater.attribution import Model, Recipe
 from headwater.benchmarks import record
 from headwater.benchmarks.attributed import answers_of, saved_model
-from headwater.benchmarks.material import Material, Pictures, base_model, drawings, emoji
+from headwater.benchmarks.material import Material, Pictures, base_model, drawings, emoji, evenly
 from headwater.benchmarks.measure import BASELINES, DAMPINGS
 from headwater.benchmarks.methods import configurations
-from headwater.benchmarks.retraining import Job, Say, Training, text_states, train, with_denoiser
+from headwater.benchmarks.noised import Noised, heard, noised, predicted
+from headwater.benchmarks.retraining import Job, Say, Training, text_states, train
 from headwater.benchmarks.stacked import chosen
 from headwater.benchmarks.study import Configuration, Question, Study
 
@@ -58,12 +58,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Asked:
-    """Pictures asked about, P of them, with noise on them at fixed levels."""
+    """Pictures asked about, P of them."""
 
     pictures: Pictures
     where: tuple[str, ...]  # [P] validation or generated
-    t: Tensor  # [T]
-    noise: Tensor  # [P, T, C, h, w]
+    noised: Noised  # what their utility is measured on
 
 
 def run(
@@ -117,7 +116,7 @@ def run(
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
     base = base_model(model, device)
     if corpus is None:
-        material = drawings(base, per_pair=per_pair, unseen_per_pair=1, pixels=pixels)
+        material = drawings(base, per_pair=per_pair, unseen=questions, pixels=pixels)
     else:
         material = emoji(
             base, Path(corpus), styles=styles, names=names, unseen=questions, pixels=pixels
@@ -195,7 +194,7 @@ def methods_named(names: Sequence[str], recipe: Recipe) -> list[Configuration]:
 def asked_about(attributed: Model, material: Material, questions: int, noises: int) -> Asked:
     """Unseen pictures, evenly taken, and as many that the model draws for their captions."""
     unseen = material.unseen
-    few = unseen.rows([i * len(unseen) // questions for i in range(min(questions, len(unseen)))])
+    few = unseen.rows(evenly(range(len(unseen)), questions))
     nothing = np.zeros(len(material.trained), dtype=bool)
     wanted = tuple(
         Question(LOSS, caption, "", key, nothing)
@@ -209,12 +208,8 @@ def asked_about(attributed: Model, material: Material, questions: int, noises: i
         {kind: labels * 2 for kind, labels in few.labels.items()},
         {kind: lines * 2 for kind, lines in few.lacking.items()},
     )
-    levels = kept(range(len(attributed.schedule.scheduler.alphas_cumprod)), noises)
-    shape = (noises, *pictures.x_0.shape[1:])
-    noise = torch.stack([seeded_noise(0, f"utility/{key}", shape) for key in pictures.keys])
-    device = attributed.device
     where = ("validation",) * len(few) + ("generated",) * len(few)
-    return Asked(pictures, where, torch.tensor(levels, device=device), noise.to(device))
+    return Asked(pictures, where, noised(attributed, pictures, noises))
 
 
 def study_of(
@@ -238,10 +233,7 @@ def study_of(
     )
 
 
-@torch.no_grad()
-def utilities(
-    base: Model, retrained: nn.Module, attributed: Model, asked: Asked, samples: int = 4096
-) -> Tensor:
+def utilities(base: Model, retrained: nn.Module, attributed: Model, asked: Asked) -> Tensor:
     """How well each of M stacked models knows what each question asks, [Q, M] float64.
 
     Questions are in the order of `study_of`. With r = e(x_t, c) - eps of the retrained model and g
@@ -249,37 +241,20 @@ def utilities(
     -|r|^2 / n and a concept's is r . g, each averaged over the levels.
     """
     pictures, kinds = asked.pictures, sorted(asked.pictures.lacking)
-    stack = with_denoiser(base, retrained)
     models = len(next(retrained.parameters()))
-    total = torch.zeros(
-        1 + len(kinds), len(pictures), models, dtype=torch.float64, device=base.device
-    )
-    heard = text_states(base, pictures.captions)
+    shape = (1 + len(kinds), len(pictures), models)
+    total = torch.zeros(shape, dtype=torch.float64, device=base.device)
     lacking = [text_states(base, pictures.lacking[kind]) for kind in kinds]
-    places = [(p, level) for p in range(len(pictures)) for level in range(len(asked.t))]
-    size = max(1, samples // models)
-    for start in range(0, len(places), size):
-        p, level = torch.tensor(places[start : start + size], device=base.device).unbind(1)
-        t, eps = asked.t[level], asked.noise[p, level]
-        a, s = base.coefficients(t)
-        x_t = a * pictures.x_0[p] + s * eps
-        e = stack.noise(
-            x_t.repeat_interleave(models, 0),
-            t.repeat_interleave(models),
-            _heard(heard[p].repeat_interleave(models, 0)),
-        )
-        residual = e.view(len(p), models, -1) - eps.flatten(1)[:, None]
-        total[0].index_add_(0, p, -residual.square().mean(2).double())
-        full = attributed.noise(x_t, t, _heard(heard[p]))
-        for place, states in enumerate(lacking, start=1):
-            away = (full - attributed.noise(x_t, t, _heard(states[p]))).flatten(1)
-            along = torch.nn.functional.normalize(away, dim=1)
-            total[place].index_add_(0, p, (residual * along[:, None]).sum(2).double())
-    return (total / len(asked.t)).flatten(0, 1)
-
-
-def _heard(states: Tensor) -> Conditions:
-    return Conditions({"encoder_hidden_states": states})
+    for batch in predicted(base, retrained, asked.noised):
+        p = batch.picture
+        total[0].index_add_(0, p, -batch.residual.square().mean(2).double())
+        with torch.no_grad():
+            full = attributed.noise(batch.x_t, batch.t, heard(asked.noised.states[p]))
+            for place, states in enumerate(lacking, start=1):
+                without = attributed.noise(batch.x_t, batch.t, heard(states[p]))
+                along = torch.nn.functional.normalize((full - without).flatten(1), dim=1)
+                total[place].index_add_(0, p, (batch.residual @ along[..., None])[..., 0].double())
+    return (total / len(asked.noised.t)).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------- correlation

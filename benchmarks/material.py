@@ -92,15 +92,21 @@ def base_model(folder: str | None, device: str) -> Model:
         return Model.from_pretrained(shipped, device=device, dtype="float32")
 
 
-def drawings(base: Model, *, per_pair: int, unseen_per_pair: int, pixels: int) -> Material:
+def evenly(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Material:
     """The demo's drawings, encoded by the base: object and studio are the concepts.
 
-    A model sees `per_pair` of each pair that the demo's corpus has; as many others as are asked
-    for are drawn with other numbers.
+    `per_pair` of each pair that the demo's corpus has are trained on; `unseen` others of these
+    pairs are drawn with other numbers.
     """
 
-    def encoded(count: int, seed: int) -> Pictures:
-        rows = make_corpus(count, seed).to_pylist()
+    def encoded(per_pair: int, count: int | None, seed: int) -> Pictures:
+        rows = make_corpus(per_pair, seed).to_pylist()[:count]
         return _pictures(
             base,
             rows,
@@ -112,7 +118,9 @@ def drawings(base: Model, *, per_pair: int, unseen_per_pair: int, pixels: int) -
             },
         )
 
-    return Material(encoded(per_pair, 0), encoded(unseen_per_pair, _APART))
+    trained = encoded(per_pair, None, 0)
+    pairs = len(trained) // per_pair
+    return Material(trained, encoded(-(-unseen // pairs), unseen, _APART))
 
 
 def emoji(
