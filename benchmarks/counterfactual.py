@@ -17,30 +17,47 @@ method that does no better than that has found membership, not influence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from headwater.attribution import Model, Recipe, ddim_grid, generation_path, kept, seeded_noise
-from headwater.benchmarks.attributed import answers_of, heard, on_levels, saved_model
+from headwater.attribution import Model, Recipe
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
-from headwater.benchmarks.material import Pictures, base_model, drawings, emoji
+from headwater.benchmarks.lds import methods_named
+from headwater.benchmarks.material import Pictures, base_model, drawings, emoji, evenly, joined
 from headwater.benchmarks.measure import BASELINES
-from headwater.benchmarks.methods import configurations
-from headwater.benchmarks.removal_record import SCHEMA, write
-from headwater.benchmarks.retraining import Job, Say, Training, text_states, train, with_denoiser
-from headwater.benchmarks.study import Question, Study
+from headwater.benchmarks.presence import Sampling, losses, presence, probe_of
+from headwater.benchmarks.removal_record import CARRIERS, SCHEMA, write
+from headwater.benchmarks.retraining import Job, Say, Training, saved_model, train
+from headwater.benchmarks.study import Configuration, Question, Study, answer
 
-CARRIERS = "random carriers"
 GATE = 0.9  # of the classifier, on pictures that it was not trained on
-_SAMPLES = 4096  # through all models of a stack at once
+SMALL = {  # a version for two cores and some minutes
+    "per_pair": 6,
+    "unseen": 400,
+    "pixels": 32,
+    "concepts": 1,
+    "fractions": (0.1,),
+    "seeds": 2,
+    "query_seeds": 4,
+    "captions": 20,
+    "draws": 2,
+    "sampling_steps": 10,
+    "noises": 4,
+    "widths": (16, 32),
+    "steps": 400,
+    "batch": 16,
+    "methods": ("trak", "d-trak", "concept-trak", "headwater"),
+    "dim": 1024,
+    "classifier_steps": 400,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,21 @@ class Removal:
     kind: str
     label: str
     fraction: float
-    removed: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+    @property
+    def key(self) -> tuple[int, bytes]:
+        """What two removals share after which the same model is trained."""
+        return self.seed, np.sort(self.rows).tobytes()
+
+    def job(self, count: int) -> Job:
+        """The training on the rest of `count` pictures."""
+        return Job(torch.from_numpy(np.setdiff1d(np.arange(count), self.rows)), self.seed)
+
+    def carriers(self, trained: Pictures) -> float:
+        """Share of the concept's pictures that are removed."""
+        shows = trained.carriers(self.kind, self.label)
+        return float(shows[self.rows].sum() / shows.sum())
 
 
 def run(
@@ -92,7 +123,7 @@ def run(
 
     Args:
         out: folder of the record and of the models trained on everything.
-        corpus: Parquet file of the emoji corpus, with its `model`; else the demo's drawings.
+        corpus: folder of the emoji corpus, with its `model`; none: the demo's drawings.
         model: pipeline that lends autoencoder and text encoder; the demo's if none is named.
         styles: of the emoji corpus, and `names` (0: all) that they share.
         per_pair: drawings to train on, of each object and studio.
@@ -116,10 +147,11 @@ def run(
         say: told of progress.
 
     Raises:
-        ValueError: the classifier is not good enough to be a judge, or an unknown method.
+        BenchmarkError: the classifier is not good enough to be a judge, or an unknown method.
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
-    named = chosen_methods(methods, Recipe(parameters=parameters, dim=dim))
+    named = methods_named(methods, Recipe(parameters=parameters, dim=dim))
+    training = Training(tuple(widths), steps, batch, learning_rate)
     base = base_model(model, device)
     if corpus is None:
         material = drawings(base, per_pair=per_pair, unseen=unseen, pixels=pixels)
@@ -127,61 +159,164 @@ def run(
         material = emoji(
             base, Path(corpus), styles=styles, names=names, unseen=unseen, pixels=pixels
         )
-    trained = material.trained
+    trained, lessons = material.trained, material.lessons(base)
     judge, accuracy = judged(trained, material.unseen, kinds, classifier_steps)
     say(f"{len(trained)} pictures; the classifier is right on {accuracy} of unseen ones")
-    lessons, training = material.lessons(base), Training(tuple(widths), steps, batch, learning_rate)
     everything = [Job(torch.arange(len(trained)), seed) for seed in range(seeds)]
     whole = train(base, lessons, everything, training, at_once=at_once, say=say)
-    probe = Probe.of(
-        base,
-        judge,
-        trained,
-        material.unseen,
-        captions=captions,
-        draws=draws,
-        sampling_steps=sampling_steps,
-        guidance=guidance,
-        noises=noises,
-    )
-    before = probe.measured(whole)
+    sampling = Sampling(captions, draws, sampling_steps, guidance)
+    probe = probe_of(base, judge, trained, material.unseen, sampling, noises)
+    before = presence(probe, whole), losses(probe, whole)
     removals: list[Removal] = []
     for seed in range(seeds):
         folder = out / "models" / f"replicate-{seed}"
-        attributed = saved_model(base, whole, seed, training, trained.x_0.shape[-1], folder)
-        study, aims = study_of(attributed, trained, kinds, concepts, contexts, query_seeds, seed)
+        attributed = saved_model(base, whole, seed, training, folder)
+        study = study_of(attributed, trained, kinds, concepts, contexts, query_seeds, seed)
         for method, scores in scores_of(study, named):
-            for place, (kind, label) in enumerate(aims):
-                mine = [q for q, of in enumerate(study.questions) if of.concept == f"{kind} {label}"]
-                order = ranked(scores[:, mine].mean(1), [seed, place])
-                removals += [
-                    Removal(seed, method, kind, label, part, order[: round(part * len(trained))])
-                    for part in fractions
-                ]
-            say(f"seed {seed}: {method} has ranked")
-    say(f"{len(removals)} models to retrain")
+            mine = removed(study, trained, method, scores, fractions)
+            removals += mine
+            say(f"seed {seed}, {method}: {told(mine, trained)}")
+    # Methods may remove the same.
+    different = {removal.key: removal.job(len(trained)) for removal in removals}
+    jobs = list(different.values())
+    say(f"{len(removals)} removals, {len(jobs)} different ones to retrain after")
     after = []
-    for start in range(0, len(removals), at_once):  # the models themselves are not kept
-        jobs = [left(len(trained), removal) for removal in removals[start : start + at_once]]
-        stacked = train(base, lessons, jobs, training, at_once=at_once, say=say)
-        after.append(probe.measured(stacked))
-    presence, loss = (torch.cat(parts) for parts in zip(*after, strict=True))
+    for start in range(0, len(jobs), at_once):  # the models themselves are not kept
+        part = jobs[start : start + at_once]
+        stacked = train(base, lessons, part, training, at_once=at_once, say=say)
+        after.append((presence(probe, stacked), losses(probe, stacked)))
+    place = {key: number for number, key in enumerate(different)}
+    found = [torch.cat(parts) for parts in zip(*after, strict=True)]
     records = [
-        probe.record(removal, trained, (before[0][removal.seed], before[1][removal.seed]), found)
-        for removal, *found in zip(removals, presence, loss, strict=True)
+        {
+            "replicate": removal.seed,
+            "method": removal.method,
+            "concept": removal.kind,
+            "picture": removal.label,
+            "fraction": removal.fraction,
+            "removed": len(removal.rows),
+            "carriers_removed": removal.carriers(trained),
+            **effects(
+                judge.named.index((removal.kind, removal.label)),
+                (before[0][removal.seed], before[1][removal.seed]),
+                (found[0][place[removal.key]], found[1][place[removal.key]]),
+            ),
+        }
+        for removal in removals
     ]
     table = pa.Table.from_pylist(records, schema=SCHEMA)
     write(out, settings, table, accuracy, base.device.type)
     return table
 
 
-def chosen_methods(names: Sequence[str], recipe: Recipe) -> list[Any]:
-    """The methods of these names; none: all.
+def judged(
+    trained: Pictures, unseen: Pictures, kinds: Sequence[str], steps: int
+) -> tuple[LatentClassifier, dict[str, float]]:
+    """A classifier of real pictures, and how often it is right on the unseen half of the unseen.
 
     Raises:
-        ValueError: a name that the table of methods does not have.
+        BenchmarkError: less often than `GATE`.
     """
-    known = configurations(recipe)
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"no method {', '.join(unknown)}; choose from {', '.join(known)}")
-    return [configuration for name, configuration in known.items() if not names or name in names]
+    half = len(unseen) // 2
+    apart = unseen.rows(range(half, len(unseen)))
+    known = joined(trained, unseen.rows(range(half)))
+    judge, accuracy = trained_classifier(known, apart, kinds, steps)
+    if min(accuracy.values()) < GATE:
+        raise BenchmarkError(
+            f"the classifier is right on {accuracy} of unseen pictures, less than {GATE}: it "
+            "judges nothing; give it more classifier_steps or more unseen pictures"
+        )
+    return judge, accuracy
+
+
+def study_of(
+    attributed: Model,
+    trained: Pictures,
+    kinds: Sequence[str],
+    concepts: int,
+    contexts: int,
+    seeds: int,
+    replicate: int,
+) -> Study:
+    """Questions about `concepts` of each kind, each in `contexts` captions that name it."""
+    questions = []
+    for kind in kinds:
+        labels = sorted(set(trained.labels[kind]))
+        for label in (labels[i] for i in evenly(range(len(labels)), concepts)):
+            truth = trained.carriers(kind, label)
+            first = {trained.captions[i]: i for i in reversed(truth.nonzero()[0].tolist())}
+            for i in evenly(sorted(first.values()), contexts):
+                questions.append(
+                    Question(
+                        f"{kind} {label}",
+                        trained.captions[i],
+                        trained.lacking[kind][i],
+                        trained.captions[i],
+                        truth,
+                    )
+                )
+    return Study(
+        "counterfactual",
+        attributed,
+        trained.corpus,
+        tuple(questions),
+        seeds=seeds,
+        replicate=replicate,
+    )
+
+
+def scores_of(
+    study: Study, methods: Sequence[Configuration]
+) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    """Scores [N, Q] of every baseline and method, at the damping that the method itself chooses."""
+    for name, baseline in BASELINES.items():
+        if not name.startswith("ceiling"):
+            yield name, baseline(study)
+    yield CARRIERS, np.stack([question.truth for question in study.questions], 1).astype(float)
+    for configuration in methods:
+        yield configuration.name, answer(study, configuration).scores().double().cpu().numpy()
+
+
+def removed(
+    study: Study,
+    trained: Pictures,
+    method: str,
+    scores: npt.NDArray[np.float64],
+    fractions: Sequence[float],
+) -> list[Removal]:
+    """The first of each ranking; scores [N, Q] are averaged over a concept's questions."""
+    found = []
+    for number, concept in enumerate(dict.fromkeys(q.concept for q in study.questions)):
+        mine = [i for i, question in enumerate(study.questions) if question.concept == concept]
+        kind, label = concept.split(" ", 1)
+        # Equal scores, as captions' and carriers' are, come in a drawn order.
+        generator = np.random.default_rng([study.replicate, number])
+        order = np.lexsort((generator.random(len(scores)), -scores[:, mine].mean(1)))
+        for fraction in fractions:
+            rows = order[: round(fraction * len(trained))]
+            found.append(Removal(study.replicate, method, kind, label, fraction, rows))
+    return found
+
+
+def effects(
+    place: int, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """What was lost: presence and loss, each [L], of the concept at `place` and of all others."""
+    drops, rises = before[0] - after[0], after[1] - before[1]
+    others = torch.arange(len(drops)) != place
+    return {
+        "presence": float(after[0][place]),
+        "drop": float(drops[place]),
+        "collateral": float(drops[others].mean()),
+        "loss_rise": float(rises[place]),
+        "loss_collateral": float(rises[others].mean()),
+    }
+
+
+def told(removals: Sequence[Removal], trained: Pictures) -> str:
+    """The shares of carriers that removals take away, for a line of progress."""
+    shares: dict[float, list[float]] = {}
+    for removal in removals:
+        shares.setdefault(removal.fraction, []).append(removal.carriers(trained))
+    means = [f"{fraction:g}: {np.mean(of):.2f}" for fraction, of in shares.items()]
+    return f"share of carriers removed {', '.join(means)}"

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks import record
-from headwater.benchmarks.attributed import answers_of, saved_model
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material, Pictures, base_model, drawings, emoji, evenly
 from headwater.benchmarks.measure import BASELINES, DAMPINGS
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.noised import Noised, heard, noised, predicted
-from headwater.benchmarks.retraining import Job, Say, Training, text_states, train
+from headwater.benchmarks.retraining import Job, Say, Training, saved_model, text_states, train
 from headwater.benchmarks.stacked import chosen
-from headwater.benchmarks.study import Configuration, Question, Study
+from headwater.benchmarks.study import Configuration, Question, Study, answer
 
 LOSS = "loss"
 FULL_SEED = 1000  # of the first model trained on everything: not one of the retrained models'
@@ -54,6 +54,20 @@ SCHEMA = pa.schema(
         ("ingest_seconds", pa.float64()),
     ]
 )
+SMALL = {  # a version for two cores and some minutes
+    "per_pair": 6,
+    "pixels": 32,
+    "subsets": 16,
+    "seeds": 1,
+    "replicates": 1,
+    "questions": 12,
+    "noises": 10,
+    "widths": (16, 32),
+    "steps": 400,
+    "batch": 16,
+    "dim": 1024,
+    "query_seeds": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ def run(
 
     Args:
         out: folder of the record and of the attributed models.
-        corpus: Parquet file of the emoji corpus, with its `model`; else the demo's drawings.
+        corpus: folder of the emoji corpus, with its `model`; none: the demo's drawings.
         model: pipeline that lends autoencoder and text encoder; the demo's if none is named.
         styles: of the emoji corpus, and `names` (0: all) that they share.
         per_pair: drawings of each object and studio.
@@ -114,6 +128,7 @@ def run(
         say: told of progress.
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
+    named = with_images(methods_named(methods, Recipe(parameters=parameters, dim=dim)))
     base = base_model(model, device)
     if corpus is None:
         material = drawings(base, per_pair=per_pair, unseen=questions, pixels=pixels)
@@ -130,13 +145,11 @@ def run(
     say(f"{count} pictures, {len(material.unseen)} unseen, {len(jobs)} models to train")
     stacked = train(base, material.lessons(base), jobs, training, at_once=at_once, say=say)
     retrained = chosen(stacked, range(subsets * seeds))
-    named = methods_named(methods, Recipe(parameters=parameters, dim=dim))
     records: list[dict[str, Any]] = []
     for replicate in range(replicates):
         folder = out / "models" / f"replicate-{replicate}"
         place = subsets * seeds + replicate
-        side = material.trained.x_0.shape[-1]
-        attributed = saved_model(base, stacked, place, training, side, folder)
+        attributed = saved_model(base, stacked, place, training, folder)
         asked = asked_about(attributed, material, questions, noises)
         study = study_of(attributed, material, asked, query_seeds, replicate)
         utility = utilities(base, retrained, attributed, asked)  # [Q, K seeds]
@@ -173,21 +186,24 @@ def random_halves(count: int, subsets: int) -> npt.NDArray[np.bool_]:
 
 
 def methods_named(names: Sequence[str], recipe: Recipe) -> list[Configuration]:
-    """The methods of these names (none: all); those that ask about a concept also as whole images.
+    """The methods of these names; none: all.
 
     Raises:
-        ValueError: a name that the table of methods does not have.
+        BenchmarkError: a name that the table of methods does not have.
     """
     known = configurations(recipe)
     if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"no method {', '.join(unknown)}; choose from {', '.join(known)}")
+        raise BenchmarkError(f"no method {', '.join(unknown)}; choose from {', '.join(known)}")
+    return [configuration for name, configuration in known.items() if not names or name in names]
+
+
+def with_images(methods: Sequence[Configuration]) -> list[Configuration]:
+    """The methods, and those that ask about a concept once more, asking with the whole picture."""
     found = []
-    for name, configuration in known.items():
-        if names and name not in names:
-            continue
-        found.append(configuration)
-        if configuration.query in ("contrast", "slider"):
-            found.append(replace(configuration, name=f"{name} (image)", query="image"))
+    for method in methods:
+        found.append(method)
+        if method.query in ("contrast", "slider"):
+            found.append(replace(method, name=f"{method.name} (image)", query="image"))
     return found
 
 
@@ -294,12 +310,13 @@ def scored(
     for name, baseline in BASELINES.items():
         if not name.startswith("ceiling"):
             add(name, lds(baseline(study), halves, true), {"label_free": True})
-    for answers in answers_of(study, methods):
+    for configuration in methods:
+        answers = answer(study, configuration)
         facts: dict[str, Any] = {"ingest_seconds": answers.ingest_seconds}
-        for damping in _dampings(answers.configuration, answers.damping):
+        for damping in _dampings(configuration, answers.damping):
             facts |= {"damping": damping, "label_free": damping in (None, answers.damping)}
             scores = answers.scores(damping).double().cpu().numpy()
-            add(answers.configuration.name, lds(scores, halves, true), facts)
+            add(configuration.name, lds(scores, halves, true), facts)
     return records
 
 

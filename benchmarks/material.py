@@ -22,9 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from headwater.attribution import Model
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.retraining import Lessons, lessons_of
 from headwater.benchmarks.study import Corpus
-from headwater.demo.corpus import make_corpus, object_contrast, studio_contrast
+from headwater.demo.art import OBJECTS, STUDIOS
+from headwater.demo.corpus import HELD_OUT, make_corpus, object_contrast, studio_contrast
 
 # The caption, the same without each of its concepts, nothing: how often each is shown.
 SHARES = (0.7, 0.1, 0.1, 0.1)
@@ -69,6 +71,17 @@ class Pictures:
         )
 
 
+def joined(left: Pictures, right: Pictures) -> Pictures:
+    """One after the other."""
+    return Pictures(
+        torch.cat([left.x_0, right.x_0]),
+        left.captions + right.captions,
+        left.keys + right.keys,
+        {kind: left.labels[kind] + right.labels[kind] for kind in left.labels},
+        {kind: left.lacking[kind] + right.lacking[kind] for kind in left.lacking},
+    )
+
+
 @dataclass(frozen=True)
 class Material:
     """Pictures to train on, and others of the same kinds that no model sees."""
@@ -105,8 +118,9 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
     pairs are drawn with other numbers.
     """
 
-    def encoded(per_pair: int, count: int | None, seed: int) -> Pictures:
-        rows = make_corpus(per_pair, seed).to_pylist()[:count]
+    def encoded(per_pair: int, count: int, seed: int) -> Pictures:
+        rows = make_corpus(per_pair, seed).to_pylist()
+        rows = [rows[i] for i in evenly(range(len(rows)), count)]
         return _pictures(
             base,
             rows,
@@ -118,9 +132,10 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
             },
         )
 
-    trained = encoded(per_pair, None, 0)
-    pairs = len(trained) // per_pair
-    return Material(trained, encoded(-(-unseen // pairs), unseen, _APART))
+    pairs = len(OBJECTS) * len(STUDIOS) - len(HELD_OUT)
+    return Material(
+        encoded(per_pair, per_pair * pairs, 0), encoded(-(-unseen // pairs), unseen, _APART)
+    )
 
 
 def emoji(
@@ -129,19 +144,20 @@ def emoji(
     """Names that all the styles have, `names` of them (0: all); `unseen` pictures are kept apart.
 
     Raises:
-        ValueError: no such file, or a style or names that it has not.
+        BenchmarkError: no such file, or a style or names that it has not.
     """
-    if not corpus.is_file():
-        raise ValueError(f"{corpus} does not exist; --corpus names the emoji corpus's Parquet file")
-    rows = [row for row in pq.read_table(corpus).to_pylist() if row["style"] in styles]
+    file = corpus / "train.parquet"
+    if not file.is_file():
+        raise BenchmarkError(f"{file} does not exist; --corpus names the emoji corpus's folder")
+    rows = [row for row in pq.read_table(file).to_pylist() if row["style"] in styles]
     known = [{row["name"] for row in rows if row["style"] == style} for style in styles]
     shared = sorted(set.intersection(*known)) if known else []
     generator = np.random.default_rng(_APART)
     if names:
         shared = sorted(generator.permutation(shared)[:names].tolist())
     if not shared or len(shared) * len(styles) <= unseen:
-        raise ValueError(
-            f"{corpus} has {len(shared)} names in all of the styles {', '.join(styles)}, too few "
+        raise BenchmarkError(
+            f"{file} has {len(shared)} names in all of the styles {', '.join(styles)}, too few "
             f"to keep {unseen} pictures apart; choose other styles"
         )
     first = {(row["name"], row["style"]): row for row in reversed(rows)}  # one of each

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from headwater.attribution import Model
-from headwater.benchmarks.stacked import Convolution, concatenated, stack
+from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.stacked import Convolution, concatenated, stack, taken
 
 _WARM = 3  # steps of training before one is recorded as a CUDA graph
 Say = Callable[[str], object]
@@ -41,7 +43,7 @@ class Training:
     def __post_init__(self) -> None:
         """Refuse a training of nothing."""
         if self.steps < 1 or self.batch < 1 or not self.widths:
-            raise ValueError(
+            raise BenchmarkError(
                 f"{self.steps} steps of {self.batch} pictures with channels {self.widths} train "
                 "nothing; give at least one of each"
             )
@@ -63,10 +65,10 @@ def lessons_of(
     """Pictures [N, C, h, w] with what may be said of each, `variants` [N][V].
 
     Raises:
-        ValueError: a base that is no Stable Diffusion with noise prediction.
+        BenchmarkError: a base that is no Stable Diffusion with noise prediction.
     """
     if base.family.name != "StableDiffusionPipeline" or base.schedule.prediction != "epsilon":
-        raise ValueError(
+        raise BenchmarkError(
             f"{base.family.name} predicting {base.schedule.prediction} lends no text encoder and "
             "autoencoder here; give a Stable Diffusion pipeline that predicts epsilon"
         )
@@ -133,6 +135,16 @@ def pipeline_of(base: Model, unet: nn.Module) -> Any:
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
+def saved_model(
+    base: Model, stacked: nn.Module, place: int, training: Training, folder: Path
+) -> Model:
+    """Model `place` of a stack, saved as a standard pipeline and loaded from there in float32."""
+    config: Any = stacked.config
+    unet = taken(stacked, place, small_unet(base, training.widths, config.sample_size, 0))
+    pipeline_of(base, unet).save_pretrained(folder)
+    return Model.from_pretrained(folder, device=str(base.device), dtype="float32")
+
+
 # ---------------------------------------------------------------------------- training
 
 
@@ -151,18 +163,20 @@ def train(
     stand beside it changes a model in rounding alone.
 
     Raises:
-        ValueError: an empty subset, or a loss that is not finite.
+        BenchmarkError: an empty subset, or a loss that is not finite.
     """
     for place, job in enumerate(jobs):
         if not len(job.members):
-            raise ValueError(f"the subset of model {place} is empty; leave pictures to train on")
+            raise BenchmarkError(
+                f"the subset of model {place} is empty; leave pictures to train on"
+            )
     parts = []
     for start in range(0, len(jobs), at_once):
         began = time.monotonic()
         part, losses = _train(base, lessons, jobs[start : start + at_once], training, say)
         if not losses.isfinite().all():
             worst = start + int(losses.isfinite().logical_not().nonzero()[0])
-            raise ValueError(
+            raise BenchmarkError(
                 f"the loss of model {worst} is not finite; lower the learning rate "
                 f"({training.learning_rate})"
             )

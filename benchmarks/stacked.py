@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headwater.benchmarks.errors import BenchmarkError
+
 
 class _Layer(nn.Module):
     """Layers as one, their parameters under the same names with the model as first dimension."""
@@ -55,7 +57,7 @@ class Convolution(_Layer):
         super().__init__(layers)
         first = layers[0]
         if first.groups != 1 or first.dilation != (1, 1) or isinstance(first.padding, str):
-            raise ValueError(f"{first} cannot be stacked; use plain convolutions")
+            raise BenchmarkError(f"{first} cannot be stacked; use plain convolutions")
         self.stride, self.padding = first.stride, first.padding
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,16 +145,16 @@ def stack(unets: Sequence[nn.Module]) -> nn.Module:
     """M modules of one architecture as one; its state is theirs with M as first dimension.
 
     Raises:
-        ValueError: a layer with weights or randomness that is not known here.
+        BenchmarkError: a layer with weights or randomness that is not known here.
     """
     stacked = copy.deepcopy(unets[0])
     for name, layer in unets[0].named_modules():
         if isinstance(layer, nn.Dropout) and layer.p:
-            raise ValueError(f"{name} drops out; stacked models draw no randomness: set p to 0")
+            raise BenchmarkError(f"{name} drops out; stacked models draw no randomness: set p to 0")
         if next(layer.parameters(recurse=False), None) is None:
             continue
         if type(layer) not in _KINDS:
-            raise ValueError(
+            raise BenchmarkError(
                 f"{name}, a {type(layer).__name__}, cannot be stacked; "
                 f"{', '.join(kind.__name__ for kind in _KINDS)} can"
             )
