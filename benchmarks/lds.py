@@ -101,7 +101,7 @@ def run(
     parameters: str = "auto",
     dim: int = 2048,
     query_seeds: int = 4,
-    at_once: int = 256,
+    at_once: int = 200,
     device: str = "auto",
     say: Say = print,
 ) -> pa.Table:

@@ -21,7 +21,7 @@ class Sampling:
     captions: int = 40  # evenly taken from those of the corpus
     draws: int = 4  # of each caption
     steps: int = 25
-    guidance: float = 4.0
+    guidance: float = 7.5
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,19 @@ def probe_of(
     """What is drawn are captions of the corpus, and what is unseen has its loss taken."""
     first = {caption: place for place, caption in reversed(list(enumerate(trained.captions)))}
     asked = trained.rows(evenly(sorted(first.values()), sampling.captions))
-    copies = [place for place in range(len(asked)) for _ in range(sampling.draws)]
+    copies = [(place, n) for place in range(len(asked)) for n in range(sampling.draws)]
+    places = [place for place, _ in copies]
     shape = trained.x_0.shape[1:]
     noise = torch.stack(
-        [
-            seeded_noise(0, f"draw/{asked.captions[place]}#{number}", shape)
-            for number, place in enumerate(copies)
-        ]
+        [seeded_noise(0, f"draw/{asked.captions[place]}#{n}", shape) for place, n in copies]
     )
     return Probe(
         base,
         judge,
         sampling,
-        text_states(base, asked.captions)[copies],
+        text_states(base, asked.captions)[places],
         noise.to(base.device),
-        _shows(judge, asked)[copies].to(base.device),
+        _shows(judge, asked)[places].to(base.device),
         noised(base, unseen, noises),
         _shows(judge, unseen).to(base.device),
     )

@@ -282,7 +282,8 @@ def _train(
         batch.draws.advance()
         _set_rate(optimizer, _rate(number, training))
         if stream is not None and number == _WARM:
-            optimizer.zero_grad(set_to_none=True)  # gradients belong into the graph's own memory
+            optimizer.zero_grad(set_to_none=True)  # gradients belong into the graph's own memory,
+            torch.cuda.empty_cache()  # which has room only where the steps before had theirs
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 step()

@@ -73,6 +73,22 @@ def test_a_stack_gives_each_models_output_and_gradient(
             torch.testing.assert_close(gradient[m], parameter.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_stack_computes_in_bfloat16_too(base: Model, lessons: Lessons, gathered: bool) -> None:
+    plain = unets(base, 2)
+    whole = stacked.stack(plain)
+    for module in whole.modules():
+        if isinstance(module, stacked.Convolution):
+            module.gathered = gathered
+    x_t, t, states = inputs(base, lessons, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = whole(x_t, t, encoder_hidden_states=states).sample
+    for m, unet in enumerate(plain):
+        with torch.no_grad():
+            alone = unet(x_t[m::2], t[m::2], encoder_hidden_states=states[m::2]).sample
+        assert 0 < (out[m::2] - alone).norm() < 0.05 * alone.norm()
+
+
 def test_models_are_taken_chosen_and_joined_by_place(base: Model) -> None:
     plain = unets(base, 3)
     whole = stacked.stack(plain)
