@@ -126,7 +126,12 @@ def run(
         at_once: models trained together.
         device: a torch device, or auto.
         say: told of progress.
+
+    Raises:
+        BenchmarkError: an unknown method, or fewer than three subsets.
     """
+    if subsets < 3:
+        raise BenchmarkError(f"{subsets} subsets have no ranks to speak of; give 16 or more")
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
     named = with_images(methods_named(methods, Recipe(parameters=parameters, dim=dim)))
     base = base_model(model, device)
@@ -162,7 +167,7 @@ def run(
         settings,
         table,
         concepts,
-        intro=_INTRO.format(pictures=count, models=len(jobs), **settings),
+        intro=_INTRO.format(pictures=count, models=len(jobs), bars=bars(records), **settings),
         device=base.device.type,
     )
     return table
@@ -172,8 +177,29 @@ _INTRO = """
 Rank correlation (Spearman) of predicted and true utility over {subsets} random halves of {pictures}
 pictures, {seeds} training seeds averaged for each half; {models} models in all, {replicates} of
 them trained on everything and attributed. `benchmarks/lds.py` says what the utilities are. Names
-that end in "(image)" ask with the whole picture where the method itself asks with a concept.
+that end in "(image)" ask with the whole picture where the method itself asks with a concept. The
+intervals hold the chance of pictures and attributed models, not that of the halves, which all
+questions share.
+
+{bars}
 """
+OURS, RIVAL = "headwater", "d-trak"
+
+
+def bars(records: Sequence[Mapping[str, Any]]) -> str:
+    """Ours against D-TRAK, label-free, a line for each concept; empty without both."""
+    means: dict[tuple[str, str], list[float]] = {}
+    for row in records:
+        if row["label_free"]:
+            means.setdefault((row["concept"], row["method"]), []).append(row["lds"])
+    lines = []
+    for concept in dict.fromkeys(concept for concept, _ in means):
+        ours = OURS if not concept.startswith(LOSS) else f"{OURS} (image)"
+        if (concept, ours) in means and (concept, RIVAL) in means:
+            mine, theirs = (float(np.mean(means[concept, name])) for name in (ours, RIVAL))
+            times = f", {mine / theirs:.2f} times" if theirs > 0 else ""
+            lines.append(f"- {concept}: {ours} {mine:.3f}, {RIVAL} {theirs:.3f}{times}")
+    return "\n".join(lines)
 
 
 def random_halves(count: int, subsets: int) -> npt.NDArray[np.bool_]:
@@ -242,10 +268,15 @@ def study_of(
                 truth = material.trained.carriers(kind, pictures.labels[kind][place])
             concept = f"{kind}, {asked.where[place]}"
             questions.append(Question(concept, caption, contrast, key, truth))
-    given = dict(zip(pictures.keys, pictures.x_0, strict=True))
-    corpus = material.trained.corpus
     return Study(
-        "lds", attributed, corpus, tuple(questions), seeds=seeds, given=given, replicate=replicate
+        "lds",
+        attributed,
+        material.trained.corpus,
+        tuple(questions),
+        seeds=seeds,
+        batch=256,
+        given=dict(zip(pictures.keys, pictures.x_0, strict=True)),
+        replicate=replicate,
     )
 
 
@@ -264,12 +295,11 @@ def utilities(base: Model, retrained: nn.Module, attributed: Model, asked: Asked
     for batch in predicted(base, retrained, asked.noised):
         p = batch.picture
         total[0].index_add_(0, p, -batch.residual.square().mean(2).double())
-        with torch.no_grad():
-            full = attributed.noise(batch.x_t, batch.t, heard(asked.noised.states[p]))
-            for place, states in enumerate(lacking, start=1):
-                without = attributed.noise(batch.x_t, batch.t, heard(states[p]))
-                along = torch.nn.functional.normalize((full - without).flatten(1), dim=1)
-                total[place].index_add_(0, p, (batch.residual @ along[..., None])[..., 0].double())
+        full = attributed.noise(batch.x_t, batch.t, heard(asked.noised.states[p]))
+        for place, states in enumerate(lacking, start=1):
+            without = attributed.noise(batch.x_t, batch.t, heard(states[p]))
+            along = torch.nn.functional.normalize((full - without).flatten(1), dim=1)
+            total[place].index_add_(0, p, (batch.residual @ along[..., None])[..., 0].double())
     return (total / len(asked.noised.t)).flatten(0, 1)
 
 

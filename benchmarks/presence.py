@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater.attribution import Model, ddim_grid, generation_path, seeded_noise
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.latent_classifier import LatentClassifier
 from headwater.benchmarks.material import Pictures, evenly
 from headwater.benchmarks.noised import SAMPLES, Noised, heard, noised, predicted
@@ -46,7 +47,11 @@ def probe_of(
     sampling: Sampling,
     noises: int,
 ) -> Probe:
-    """What is drawn are captions of the corpus, and what is unseen has its loss taken."""
+    """Captions of the trained pictures are drawn, and the unseen ones have their loss taken.
+
+    Raises:
+        BenchmarkError: a label of the judge that no caption or no unseen picture has.
+    """
     first = {caption: place for place, caption in reversed(list(enumerate(trained.captions)))}
     asked = trained.rows(evenly(sorted(first.values()), sampling.captions))
     copies = [(place, n) for place in range(len(asked)) for n in range(sampling.draws)]
@@ -55,15 +60,22 @@ def probe_of(
     noise = torch.stack(
         [seeded_noise(0, f"draw/{asked.captions[place]}#{n}", shape) for place, n in copies]
     )
+    named, shown = _shows(judge, asked), _shows(judge, unseen)
+    for (_, label), by, of in zip(judge.named, named.sum(0), shown.sum(0), strict=True):
+        if not by or not of:
+            raise BenchmarkError(
+                f"{label} is in {by:.0f} of the captions to draw and in {of:.0f} of the unseen "
+                "pictures; take more of them"
+            )
     return Probe(
         base,
         judge,
         sampling,
         text_states(base, asked.captions)[places],
         noise.to(base.device),
-        _shows(judge, asked)[places].to(base.device),
+        named[places].to(base.device),
         noised(base, unseen, noises),
-        _shows(judge, unseen).to(base.device),
+        shown.to(base.device),
     )
 
 

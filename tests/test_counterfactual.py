@@ -112,7 +112,7 @@ def test_a_model_that_never_saw_a_concept_knows_it_less(
     training = Training(widths=(8, 16), steps=80, batch=8, learning_rate=1e-2)
     lessons = material.lessons(base)
     whole = train(base, lessons, jobs, training, at_once=4, say=lambda _: None)
-    sampling = Sampling(captions=1, draws=1, steps=1, guidance=1.0)
+    sampling = Sampling(captions=12, draws=1, steps=1, guidance=1.0)
     lost = losses(probe_of(base, judge, material.trained, material.trained, sampling, 5), whole)
     beyond = []
     for number, word in enumerate(words, start=1):
@@ -203,6 +203,17 @@ def test_a_bad_judge_is_refused() -> None:
     trained = tiny_material.pictures()
     with pytest.raises(BenchmarkError, match="judges nothing"):
         counterfactual.judged(trained, tiny_material.pictures(seed=3), ("object",), 1)
+    with pytest.raises(BenchmarkError, match="have no studio; their kinds are object, style"):
+        counterfactual.judged(trained, trained, ("object", "studio"), 1)
+
+
+def test_every_label_must_be_measured_on_something(base: Model, judge: LatentClassifier) -> None:
+    trained = tiny_material.pictures()
+    with pytest.raises(BenchmarkError, match="dog is in 0 of the captions to draw"):
+        probe_of(base, judge, trained, trained, Sampling(captions=2), 1)
+    unseen = tiny_material.pictures(words=("cat", "dog", "drawing"))
+    with pytest.raises(BenchmarkError, match=r"fish is in 2 .* in 0 of the unseen"):
+        probe_of(base, judge, trained, unseen, Sampling(captions=12), 1)
 
 
 def test_the_whole_benchmark_leaves_a_record(

@@ -177,6 +177,31 @@ def test_unknown_methods_are_refused_and_concepts_are_also_asked_as_images() -> 
     assert len(lds.methods_named((), Recipe())) > 5
 
 
+def test_ours_is_set_against_d_trak() -> None:
+    rows = [
+        {"concept": concept, "method": method, "lds": value, "label_free": free}
+        for concept, method, value, free in (
+            ("loss, validation", "headwater (image)", 0.3, True),
+            ("loss, validation", "headwater (image)", 0.5, True),
+            ("loss, validation", "headwater (image)", 0.9, False),
+            ("loss, validation", "headwater", 0.9, True),
+            ("loss, validation", "d-trak", 0.2, True),
+            ("object, generated", "headwater", 0.3, True),
+            ("object, generated", "d-trak", -0.2, True),
+            ("style, generated", "d-trak", 0.2, True),
+        )
+    ]
+    assert lds.bars(rows).splitlines() == [
+        "- loss, validation: headwater (image) 0.400, d-trak 0.200, 2.00 times",
+        "- object, generated: headwater 0.300, d-trak -0.200",
+    ]
+
+
+def test_too_few_subsets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="2 subsets have no ranks"):
+        lds.run(tmp_path, subsets=2)
+
+
 def test_the_whole_benchmark_leaves_a_record_that_replays(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "per_pair": 1,
