@@ -5,9 +5,9 @@ scores of a half's members, added up, foresee a utility of the model retrained o
 score of the method is their rank correlation over the halves (Park et al. 2023, TRAK; Zheng et al.
 2024, D-TRAK). Utilities, each the higher the better the model knows what is asked:
 
-loss      minus the loss of the picture, of the mean over noise levels and draws
-object, studio, style  how far the retrained model's prediction goes along the direction in which
-          the concept's words move the attributed model's: the slider of Concept-TRAK, projected
+loss        minus the denoising loss of the picture, averaged over noise levels
+a concept   how far the retrained model's error goes the way in which the concept's words move the
+            attributed model's prediction: the loss projected on Concept-TRAK's slider
 
 Pictures asked about are unseen ones of the corpus's kind, and pictures that the attributed model
 drew. Training seeds are averaged per half; the row "another training" says how well the utility of
@@ -101,6 +101,7 @@ def run(
     parameters: str = "auto",
     dim: int = 2048,
     query_seeds: int = 4,
+    guidance: float = 7.5,
     at_once: int = 200,
     device: str = "auto",
     say: Say = print,
@@ -123,6 +124,7 @@ def run(
         parameters: weights whose gradients are taken; see `Recipe`.
         dim: width of a row.
         query_seeds: noise draws over each picture asked about.
+        guidance: of the pictures that the attributed model draws.
         at_once: models trained together.
         device: a torch device, or auto.
         say: told of progress.
@@ -155,7 +157,7 @@ def run(
         folder = out / "models" / f"replicate-{replicate}"
         place = subsets * seeds + replicate
         attributed = saved_model(base, stacked, place, training, folder)
-        asked = asked_about(attributed, material, questions, noises)
+        asked = asked_about(attributed, material, questions, noises, guidance)
         study = study_of(attributed, material, asked, query_seeds, replicate)
         utility = utilities(base, retrained, attributed, asked)  # [Q, K seeds]
         records += scored(study, utility.view(len(utility), subsets, seeds), halves, named, say)
@@ -233,7 +235,9 @@ def with_images(methods: Sequence[Configuration]) -> list[Configuration]:
     return found
 
 
-def asked_about(attributed: Model, material: Material, questions: int, noises: int) -> Asked:
+def asked_about(
+    attributed: Model, material: Material, questions: int, noises: int, guidance: float
+) -> Asked:
     """Unseen pictures, evenly taken, and as many that the model draws for their captions."""
     unseen = material.unseen
     few = unseen.rows(evenly(range(len(unseen)), questions))
@@ -242,7 +246,8 @@ def asked_about(attributed: Model, material: Material, questions: int, noises: i
         Question(LOSS, caption, "", key, nothing)
         for caption, key in zip(few.captions, few.keys, strict=True)
     )
-    drawn = Study("drawn", attributed, material.trained.corpus, wanted, seeds=1).pictures
+    corpus = material.trained.corpus
+    drawn = Study("drawn", attributed, corpus, wanted, seeds=1, guidance=guidance).pictures
     pictures = Pictures(
         torch.cat([few.x_0, drawn]),
         few.captions * 2,
@@ -283,24 +288,29 @@ def study_of(
 def utilities(base: Model, retrained: nn.Module, attributed: Model, asked: Asked) -> Tensor:
     """How well each of M stacked models knows what each question asks, [Q, M] float64.
 
-    Questions are in the order of `study_of`. With r = e(x_t, c) - eps of the retrained model and g
-    the unit vector along e(x_t, c) - e(x_t, c-) of the attributed one, the loss's utility is
-    -|r|^2 / n and a concept's is r . g, each averaged over the levels.
+    Questions are in the order of `study_of`. With r = e(x_t, c) - eps of the retrained model and
+    g = e(x_t, c) - e(x_t, c-) of the attributed one, each over all levels together, the loss's
+    utility is -|r|^2 / n and a concept's is r . g / |g|: levels at which words say little count
+    little.
     """
     pictures, kinds = asked.pictures, sorted(asked.pictures.lacking)
     models = len(next(retrained.parameters()))
     shape = (1 + len(kinds), len(pictures), models)
     total = torch.zeros(shape, dtype=torch.float64, device=base.device)
+    energy = torch.zeros(len(kinds), len(pictures), 1, dtype=torch.float64, device=base.device)
     lacking = [text_states(base, pictures.lacking[kind]) for kind in kinds]
     for batch in predicted(base, retrained, asked.noised):
         p = batch.picture
         total[0].index_add_(0, p, -batch.residual.square().mean(2).double())
         full = attributed.noise(batch.x_t, batch.t, heard(asked.noised.states[p]))
-        for place, states in enumerate(lacking, start=1):
+        for place, states in enumerate(lacking):
             without = attributed.noise(batch.x_t, batch.t, heard(states[p]))
-            along = torch.nn.functional.normalize((full - without).flatten(1), dim=1)
-            total[place].index_add_(0, p, (batch.residual @ along[..., None])[..., 0].double())
-    return (total / len(asked.noised.t)).flatten(0, 1)
+            along = (full - without).flatten(1)[..., None]  # [b, n, 1]
+            total[1 + place].index_add_(0, p, (batch.residual @ along)[..., 0].double())
+            energy[place].index_add_(0, p, along.square().sum(1).double())
+    total[0] /= len(asked.noised.t)
+    total[1:] /= energy.sqrt()
+    return total.flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------- correlation

@@ -110,7 +110,8 @@ def test_utilities_are_those_of_a_plain_loop(trained: Trained) -> None:
     places = (0, 7)
     template = small_unet(base, TRAINING.widths, 8, 0)
     unet: Any = taken(trained.retrained, 3, template)
-    expected = np.zeros((3, 2))  # loss, object, style
+    expected, energy = np.zeros((3, 2)), np.zeros((3, 2))  # loss, object, style
+    energy[0] = 1
     for column, place in enumerate(places):
         noise = seeded_noise(0, f"utility/{pictures.keys[place]}", (5, 4, 8, 8))
         for level, t in enumerate((100, 300, 500, 700, 900)):
@@ -127,9 +128,10 @@ def test_utilities_are_those_of_a_plain_loop(trained: Trained) -> None:
                 for row, kind in enumerate(("object", "style"), start=1):
                     lacking = base.encode_prompts([pictures.lacking[kind][place]])
                     g = (full - model.noise(x_t, t_, lacking))[0].double()
-                    expected[row, column] += float((r * g).sum() / g.norm()) / 5
+                    expected[row, column] += float((r * g).sum())
+                    energy[row, column] += float(g.square().sum())
     found = trained.utility[:, 3].view(3, -1)[:, places].numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found, expected / np.sqrt(energy), rtol=1e-3, atol=1e-4)
 
 
 def test_scores_foresee_what_retraining_shows(trained: Trained) -> None:
