@@ -138,7 +138,7 @@ def run(
         query_seeds: pictures drawn for each of them.
         captions: that every retrained model draws, evenly taken, with `draws` pictures of each.
         sampling_steps: of these drawings, and their `guidance`.
-        loss_pictures: of the unseen whose loss is taken, evenly, each at `noises` noise levels.
+        loss_pictures: of the unseen whose loss is taken, each at `noises` noise levels.
         noises: see there.
         widths: see `Training`; so `steps`, `batch` and `learning_rate`.
         methods: names in the table of methods; none: all.
@@ -168,7 +168,8 @@ def run(
     everything = [Job(torch.arange(len(trained)), seed) for seed in range(seeds)]
     whole = train(base, lessons, everything, training, at_once=at_once, say=say)
     sampling = Sampling(captions, draws, sampling_steps, guidance)
-    lost = material.unseen.rows(evenly(range(len(material.unseen)), loss_pictures))
+    some = np.random.default_rng(0).permutation(len(material.unseen))[:loss_pictures]
+    lost = material.unseen.rows(some.tolist())
     probe = probe_of(base, judge, trained, lost, sampling, noises)
     before = presence(probe, whole), losses(probe, whole)
     removals: list[Removal] = []

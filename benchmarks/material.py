@@ -117,10 +117,12 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
     `per_pair` of each pair that the demo's corpus has are trained on; `unseen` others of these
     pairs are drawn with other numbers.
     """
+    pairs = len(OBJECTS) * len(STUDIOS) - len(HELD_OUT)
 
     def encoded(per_pair: int, count: int, seed: int) -> Pictures:
         rows = make_corpus(per_pair, seed).to_pylist()
-        rows = [rows[i] for i in evenly(range(len(rows)), count)]
+        whole = count - count % pairs  # rounds of all pairs, then an even part of them
+        rows = rows[:whole] + [rows[i] for i in evenly(range(whole, len(rows)), count - whole)]
         return _pictures(
             base,
             rows,
@@ -132,7 +134,6 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
             },
         )
 
-    pairs = len(OBJECTS) * len(STUDIOS) - len(HELD_OUT)
     return Material(
         encoded(per_pair, per_pair * pairs, 0), encoded(-(-unseen // pairs), unseen, _APART)
     )

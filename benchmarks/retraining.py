@@ -276,17 +276,13 @@ def _train(
     if on_gpu:
         _choose_convolution(stacked, batch, say)
     stream = torch.cuda.Stream() if on_gpu else None
-    graph = None
+    graph: torch.cuda.CUDAGraph | None = None
     total, last = torch.zeros_like(latest), max(1, training.steps // 10)
     for number in range(training.steps):
         batch.draws.advance()
         _set_rate(optimizer, _rate(number, training))
         if stream is not None and number == _WARM:
-            optimizer.zero_grad(set_to_none=True)  # gradients belong into the graph's own memory,
-            torch.cuda.empty_cache()  # which has room only where the steps before had theirs
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
+            graph = _recorded(step, optimizer, say)
         if graph is not None:
             graph.replay()
         else:
@@ -323,6 +319,21 @@ def _beside(stream: torch.cuda.Stream | None, step: Callable[[], None]) -> None:
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def _recorded(
+    step: Callable[[], None], optimizer: torch.optim.Optimizer, say: Say
+) -> torch.cuda.CUDAGraph | None:
+    """A step as one CUDA graph: small models wait for the host otherwise."""
+    optimizer.zero_grad(set_to_none=True)  # gradients belong into the graph's own memory
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        say(f"no CUDA graph ({str(error).splitlines()[0]}); stepping eagerly")
+        return None
+    return graph
 
 
 def _choose_convolution(stacked: nn.Module, batch: _Step, say: Say) -> None:

@@ -23,7 +23,7 @@ from headwater.benchmarks import counterfactual, removal_record
 from headwater.benchmarks.counterfactual import Removal, effects, removed
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
-from headwater.benchmarks.material import base_model, emoji, evenly
+from headwater.benchmarks.material import base_model, drawings, emoji, evenly
 from headwater.benchmarks.noised import noised
 from headwater.benchmarks.presence import Probe, Sampling, losses, presence, probe_of
 from headwater.benchmarks.retraining import (
@@ -303,6 +303,18 @@ def test_emoji_are_the_names_that_all_styles_have(tmp_path: Path) -> None:
         emoji(base, corpus, styles=("noto", "none"), names=0, unseen=0, pixels=32)
     with pytest.raises(BenchmarkError, match=r"train.parquet does not exist; --corpus"):
         emoji(base, tmp_path, styles=("noto",), names=0, unseen=0, pixels=32)
+
+
+def test_drawings_go_round_all_pairs() -> None:
+    base = base_model(None, "cpu")
+    found = drawings(base, per_pair=1, unseen=60, pixels=32)
+    assert len(found.trained) == 40
+    assert len(set(found.trained.captions)) == 40
+    unseen = list(found.unseen.captions)
+    assert sorted(unseen[:40]) == sorted(found.trained.captions)
+    assert len(set(unseen[40:])) == 20
+    assert {line.split()[1] for line in unseen[40:]} == set(found.trained.labels["object"])
+    assert not any(torch.equal(x, y) for x in found.unseen.x_0 for y in found.trained.x_0)
 
 
 def test_few_are_taken_evenly() -> None:

@@ -226,3 +226,26 @@ def test_a_base_that_lends_nothing_is_refused(
 def test_training_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="train nothing"):
         Training(steps=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_recorded_step_on_a_gpu_trains_what_a_cpu_trains() -> None:
+    """In bfloat16 and from a GPU's own draws: so by what was learnt, of constant pictures."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        base = Model.from_pipeline(tiny.stable_diffusion(), device=device, dtype="float32")
+        x_0 = torch.ones(6, 4, 8, 8, device=device)
+        lessons = retraining.lessons_of(base, x_0, [["a red cat"]] * 6, (1.0,))
+        training = Training(widths=(16, 32), steps=120, batch=8, learning_rate=5e-3)
+        jobs = [Job(torch.arange(6), seed=seed) for seed in range(3)]
+        said: list[str] = []
+        whole = train(base, lessons, jobs, training, at_once=3, say=said.append)
+        assert not any("no CUDA graph" in line for line in said)
+        model = retraining.with_denoiser(base, whole)
+        t = torch.full((3,), 600, device=device)
+        eps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9)).to(device)
+        a, s = base.coefficients(t)
+        e = model.noise(a + s * eps, t, base.encode_prompts(["a red cat"] * 3))
+        found[device] = (e - eps).square().flatten(1).mean(1).cpu()
+    assert found["cpu"].max() < 0.3
+    assert found["cuda"].max() < 0.3
