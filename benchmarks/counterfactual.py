@@ -42,7 +42,6 @@ GATE = 0.9  # of the classifier, on pictures that it was not trained on
 SMALL = {  # a version for two cores and some minutes
     "per_pair": 6,
     "unseen": 400,
-    "pixels": 32,
     "concepts": 1,
     "fractions": (0.1,),
     "seeds": 2,
@@ -95,7 +94,7 @@ def run(
     names: int = 0,
     per_pair: int = 20,
     unseen: int = 1600,
-    pixels: int = 64,
+    pixels: int = 32,
     kinds: Sequence[str] = ("object", "studio"),
     concepts: int = 2,
     fractions: Sequence[float] = (0.05, 0.1, 0.2),
@@ -109,7 +108,7 @@ def run(
     loss_pictures: int = 160,
     noises: int = 10,
     widths: Sequence[int] = (32, 64),
-    steps: int = 2000,
+    steps: int = 3000,
     batch: int = 32,
     learning_rate: float = 2e-3,
     methods: Sequence[str] = ("trak", "d-trak", "das-l1", "concept-trak", "headwater"),
@@ -129,7 +128,7 @@ def run(
         styles: of the emoji corpus, and `names` (0: all) that they share.
         per_pair: drawings to train on, of each object and studio.
         unseen: pictures that no model sees: half teach the classifier too, half try it.
-        pixels: side of the pictures; 32 makes a quarter of the work of 64.
+        pixels: side of the pictures; 64 makes four times the work of 32.
         kinds: of concepts; of the emoji only "style" has carriers enough.
         concepts: of each kind, evenly taken.
         fractions: of the corpus that are removed.

@@ -56,7 +56,6 @@ SCHEMA = pa.schema(
 )
 SMALL = {  # a version for two cores and some minutes
     "per_pair": 6,
-    "pixels": 32,
     "subsets": 16,
     "seeds": 1,
     "replicates": 1,
@@ -87,14 +86,14 @@ def run(
     styles: Sequence[str] = ("noto", "openmoji-black"),
     names: int = 0,
     per_pair: int = 20,
-    pixels: int = 64,
+    pixels: int = 32,
     subsets: int = 64,
     seeds: int = 3,
     replicates: int = 3,
     questions: int = 24,
     noises: int = 50,
     widths: Sequence[int] = (32, 64),
-    steps: int = 2000,
+    steps: int = 4000,
     batch: int = 32,
     learning_rate: float = 2e-3,
     methods: Sequence[str] = (),
@@ -114,7 +113,7 @@ def run(
         model: pipeline that lends autoencoder and text encoder; the demo's if none is named.
         styles: of the emoji corpus, and `names` (0: all) that they share.
         per_pair: drawings of each object and studio.
-        pixels: side of the pictures; 32 makes a quarter of the work of 64.
+        pixels: side of the pictures; 64 makes four times the work of 32.
         subsets: random halves of the pictures; a model is retrained on each, for each of `seeds`.
         replicates: attributed models, each trained on all pictures with another seed.
         questions: unseen pictures asked about, and as many that the attributed model draws.

@@ -199,6 +199,25 @@ def test_a_ratio_of_drops_and_its_interval() -> None:
     assert removal_record.ratio(rows, "ours", "rival")[0] == -np.inf
 
 
+def test_ours_is_set_against_the_best_other_method_and_the_controls() -> None:
+    drops = {
+        "headwater": [0.4],
+        "trak": [0.1],
+        "d-trak": [0.2],
+        "random": [0.0],
+        "caption search (BM25)": [0.5],
+        removal_record.CARRIERS: [0.4],
+    }
+    rows = [row | {"fraction": 0.1} for row in rows_of(drops)]
+    (line, _) = removal_record._ratios(rows)
+    assert line == (
+        "- 10% removed: our drop is 2.00 times (2.00 to 2.00) that of d-trak, "
+        "inf times (inf to inf) that of random, "
+        "0.80 times (0.80 to 0.80) that of caption search (BM25), "
+        "1.00 times (1.00 to 1.00) that of random carriers."
+    )
+
+
 def test_a_bad_judge_is_refused() -> None:
     trained = tiny_material.pictures()
     with pytest.raises(BenchmarkError, match="judges nothing"):
