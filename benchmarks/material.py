@@ -30,6 +30,7 @@ from headwater.demo.corpus import HELD_OUT, make_corpus, object_contrast, studio
 
 # The caption, the same without each of its concepts, nothing: how often each is shown.
 SHARES = (0.7, 0.1, 0.1, 0.1)
+_EMOJI = {"object": "name", "style": "style"}  # kind of concept -> the corpus's column
 _APART = 7  # seed of what is kept apart
 _AT_ONCE = 256  # pictures encoded together
 
@@ -178,9 +179,6 @@ def emoji(
         trained=pictures.rows([i for i in range(len(rows)) if i not in apart]),
         unseen=pictures.rows(sorted(apart)),
     )
-
-
-_EMOJI = {"object": "name", "style": "style"}
 
 
 def _pictures(
