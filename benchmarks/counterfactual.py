@@ -102,7 +102,7 @@ def run(
     contexts: int = 3,
     query_seeds: int = 8,
     captions: int = 40,
-    draws: int = 4,
+    draws: int = 8,
     sampling_steps: int = 25,
     guidance: float = 7.5,
     loss_pictures: int = 160,

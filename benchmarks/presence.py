@@ -20,7 +20,7 @@ class Sampling:
     """How models draw."""
 
     captions: int = 40  # evenly taken from those of the corpus
-    draws: int = 4  # of each caption
+    draws: int = 8  # of each caption
     steps: int = 25
     guidance: float = 7.5
 

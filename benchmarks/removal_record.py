@@ -62,24 +62,24 @@ def write(
 
 
 def ratio(
-    rows: Sequence[Mapping[str, Any]], ours: str, rival: str, draws: int = DRAWS
+    rows: Sequence[Mapping[str, Any]], ours: str, rival: str, measure: str = "drop"
 ) -> tuple[float, float, float]:
-    """Our mean drop divided by a rival's, with a 95 % interval.
+    """Our mean effect divided by a rival's, with a 95 % interval.
 
-    Seeds are drawn again, and concepts within them, the same for both. Against a rival without a
-    drop the ratio is infinite, or minus infinity where we have none either.
+    Seeds are drawn again, and concepts within them, the same for both. Against a rival without an
+    effect the ratio is infinite, or minus infinity where we have none either.
     """
-    drops = {
-        (r["method"], r["replicate"], r["concept"], r["picture"]): float(r["drop"]) for r in rows
+    effects = {
+        (r["method"], r["replicate"], r["concept"], r["picture"]): float(r[measure]) for r in rows
     }
     pairs: dict[int, list[tuple[float, float]]] = {}
-    for (method, *key), value in drops.items():
+    for (method, *key), value in effects.items():
         if method == ours:
-            pairs.setdefault(key[0], []).append((value, drops[rival, *key]))
+            pairs.setdefault(key[0], []).append((value, effects[rival, *key]))
     seeds = [np.array(of) for of in pairs.values()]
     generator = np.random.default_rng(0)
     found = []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         chosen = generator.integers(len(seeds), size=len(seeds))
         sums = [seeds[i][generator.integers(len(seeds[i]), size=len(seeds[i]))] for i in chosen]
         found.append(np.concatenate(sums).mean(0))
@@ -95,7 +95,7 @@ def _over(ours: float, rival: float) -> float:
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Our drop against the best other method's and the controls', for each fraction."""
+    """Our drop and loss rise against the best other method's and the controls'."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     rivals = [method for method in methods if method not in (OURS, CARRIERS, *BASELINES)]
     controls = [method for method in methods if method == CARRIERS or method in BASELINES]
@@ -104,12 +104,15 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for fraction in sorted({row["fraction"] for row in rows}):
         here = [row for row in rows if row["fraction"] == fraction]
-        best = sorted(rivals, key=lambda method: -_mean(here, method, "drop"))[:1]
-        ratios = []
-        for method in (*best, *controls):
-            value, low, high = ratio(here, OURS, method)
-            ratios.append(f"{value:.2f} times ({low:.2f} to {high:.2f}) that of {method}")
-        lines.append(f"- {fraction:.0%} removed: our drop is {', '.join(ratios)}.")
+        for measure in ("drop", "loss_rise"):
+            effects = {method: _mean(here, method, measure) for method in rivals}
+            best = sorted(effects, key=effects.__getitem__, reverse=True)[:1]
+            ratios = []
+            for method in (*best, *controls):
+                value, low, high = ratio(here, OURS, method, measure)
+                ratios.append(f"{value:.2f} times ({low:.2f} to {high:.2f}) that of {method}")
+            name = measure.replace("_", " ")
+            lines.append(f"- {fraction:.0%} removed: our {name} is {', '.join(ratios)}.")
     return [*lines, ""]
 
 

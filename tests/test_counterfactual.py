@@ -180,7 +180,14 @@ def test_equal_removals_are_of_one_model() -> None:
 
 def rows_of(drops: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [
-        {"method": m, "replicate": i // 2, "concept": "c", "picture": str(i % 2), "drop": drop}
+        {
+            "method": m,
+            "replicate": i // 2,
+            "concept": "c",
+            "picture": str(i % 2),
+            "drop": drop,
+            "loss_rise": 1 - drop,
+        }
         for m, values in drops.items()
         for i, drop in enumerate(values)
     ]
@@ -209,8 +216,9 @@ def test_ours_is_set_against_the_best_other_method_and_the_controls() -> None:
         removal_record.CARRIERS: [0.4],
     }
     rows = [row | {"fraction": 0.1} for row in rows_of(drops)]
-    (line, _) = removal_record._ratios(rows)
-    assert line == (
+    drop, rise, _ = removal_record._ratios(rows)
+    assert rise.startswith("- 10% removed: our loss rise is 0.67 times (0.67 to 0.67) that of trak")
+    assert drop == (
         "- 10% removed: our drop is 2.00 times (2.00 to 2.00) that of d-trak, "
         "inf times (inf to inf) that of random, "
         "0.80 times (0.80 to 0.80) that of caption search (BM25), "
