@@ -34,6 +34,7 @@ from headwater.benchmarks.material import Material, Pictures, base_model, drawin
 from headwater.benchmarks.measure import BASELINES, DAMPINGS
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.noised import Noised, heard, noised, predicted
+from headwater.benchmarks.ranks import spearman
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, text_states, train
 from headwater.benchmarks.stacked import chosen
 from headwater.benchmarks.study import Configuration, Question, Study, answer
@@ -389,21 +390,6 @@ def repeatability(measured: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         others = (of_question.sum(1, keepdims=True) - of_question) / (seeds - 1)
         found.append(np.mean([spearman(of_question[:, s], others[:, s]) for s in range(seeds)]))
     return np.array(found)
-
-
-def spearman(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float:
-    """Rank correlation, equal values sharing their mean rank; 0 where all are equal."""
-    ranks = [_ranks(values) for values in (left, right)]
-    a, b = (rank - rank.mean() for rank in ranks)
-    lengths = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / lengths if lengths else 0.0
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    means: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[place]
-    return means
 
 
 def _line(study: Study, method: str, records: Sequence[Mapping[str, Any]]) -> str:

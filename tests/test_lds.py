@@ -21,6 +21,7 @@ from headwater.benchmarks import lds
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material
 from headwater.benchmarks.noised import noised
+from headwater.benchmarks.ranks import spearman
 from headwater.benchmarks.retraining import Job, Training, saved_model, small_unet, train
 from headwater.benchmarks.stacked import chosen, taken
 
@@ -68,8 +69,8 @@ def test_ranks_correlate_as_in_scipy() -> None:
             other = generator.normal(size=size) + values
             if len(set(values)) > 1:
                 expected = stats.spearmanr(values, other).statistic
-                assert lds.spearman(values, other) == pytest.approx(expected, abs=1e-12)
-    assert lds.spearman(np.ones(4), np.arange(4.0)) == 0.0
+                assert spearman(values, other) == pytest.approx(expected, abs=1e-12)
+    assert spearman(np.ones(4), np.arange(4.0)) == 0.0
 
 
 def test_scores_of_members_are_added_up() -> None:
@@ -85,7 +86,7 @@ def test_scores_of_members_are_added_up() -> None:
                 if half[image]:
                     total += scores[image, question]
             sums.append(total)
-        assert found[question] == pytest.approx(lds.spearman(np.array(sums), true[question]))
+        assert found[question] == pytest.approx(spearman(np.array(sums), true[question]))
 
 
 def test_subsets_are_halves_and_differ() -> None:
@@ -101,7 +102,7 @@ def test_what_one_seed_says_of_the_others() -> None:
     for seed in range(3):
         others = [s for s in range(3) if s != seed]
         mean = (measured[0, :, others[0]] + measured[0, :, others[1]]) / 2
-        each.append(lds.spearman(measured[0, :, seed], mean))
+        each.append(spearman(measured[0, :, seed], mean))
     assert lds.repeatability(measured)[0] == pytest.approx(np.mean(each))
 
 
@@ -144,7 +145,7 @@ def test_scores_foresee_what_retraining_shows(trained: Trained) -> None:
         "style",
     ]
     own = [
-        lds.spearman(trained.halves[:, i].astype(float), trained.utility[i].numpy())
+        spearman(trained.halves[:, i].astype(float), trained.utility[i].numpy())
         for i in range(count)
     ]
     assert np.mean(own) > 0.6
