@@ -146,9 +146,8 @@ def run(
     training = Training(tuple(widths), steps, batch, learning_rate)
     count = len(material.trained)
     halves = random_halves(count, subsets)
-    everything = torch.arange(count)
     jobs = [Job(torch.from_numpy(half.nonzero()[0]), s) for half in halves for s in range(seeds)]
-    jobs += [Job(everything, FULL_SEED + replicate) for replicate in range(replicates)]
+    jobs += [Job(torch.arange(count), FULL_SEED + replicate) for replicate in range(replicates)]
     say(f"{count} pictures, {len(material.unseen)} unseen, {len(jobs)} models to train")
     stacked = train(base, material.lessons(base), jobs, training, at_once=at_once, say=say)
     retrained = chosen(stacked, range(subsets * seeds))
