@@ -1,0 +1,332 @@
+"""Counterfactual removal: does a model retrained without a method's top pictures lose the concept?
+
+Models are trained on everything, each method ranks the pictures for a concept, the first 5, 10 and
+20 % of the corpus are left out, and a model of the same seed is trained on the rest. It draws the
+same captions from the same noise as the first; a classifier trained on real pictures says how much
+of each concept is left. Removals are a share of the corpus, not of the carriers: every method takes
+away as many pictures, enough for an effect, and one that ranks others above carriers pays for it.
+
+drop             of the concept in drawn pictures: in the probability that the classifier gives it
+collateral       the mean drop of all other concepts, which should stay
+loss_rise        of the denoising loss on unseen pictures of the concept
+loss_collateral  the same on pictures of all other concepts
+
+"random" removes any pictures, "random carriers" those of the concept first, which takes labels: a
+method that does no better than that has found membership, not influence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from headwater.attribution import Model, Recipe
+from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
+from headwater.benchmarks.lds import methods_named
+from headwater.benchmarks.material import Pictures, base_model, drawings, emoji, evenly, joined
+from headwater.benchmarks.measure import BASELINES
+from headwater.benchmarks.presence import Sampling, losses, presence, probe_of
+from headwater.benchmarks.removal_record import CARRIERS, SCHEMA, write
+from headwater.benchmarks.retraining import Job, Say, Training, saved_model, train
+from headwater.benchmarks.study import Configuration, Question, Study, answer
+
+GATE = 0.9  # of the classifier, on pictures that it was not trained on
+SMALL = {  # a version for two cores and some minutes
+    "per_pair": 6,
+    "unseen": 400,
+    "concepts": 1,
+    "fractions": (0.1,),
+    "seeds": 2,
+    "query_seeds": 4,
+    "captions": 20,
+    "draws": 2,
+    "sampling_steps": 10,
+    "loss_pictures": 40,
+    "noises": 4,
+    "widths": (16, 32),
+    "steps": 400,
+    "batch": 16,
+    "dim": 1024,
+    "classifier_steps": 400,
+}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Pictures to leave out of a training."""
+
+    seed: int  # of the training
+    method: str
+    kind: str
+    label: str
+    fraction: float
+    rows: npt.NDArray[np.int64]
+
+    @property
+    def key(self) -> tuple[int, bytes]:
+        """What two removals share after which the same model is trained."""
+        return self.seed, np.sort(self.rows).tobytes()
+
+    def job(self, count: int) -> Job:
+        """The training on the rest of `count` pictures."""
+        return Job(torch.from_numpy(np.setdiff1d(np.arange(count), self.rows)), self.seed)
+
+    def carriers(self, trained: Pictures) -> float:
+        """Share of the concept's pictures that are removed."""
+        shows = trained.carriers(self.kind, self.label)
+        return float(shows[self.rows].sum() / shows.sum())
+
+
+def run(
+    out: Path,
+    *,
+    corpus: str | None = None,
+    model: str | None = None,
+    styles: Sequence[str] = ("noto", "openmoji-black", "fluent-3d", "fluent-flat"),
+    names: int = 0,
+    per_pair: int = 20,
+    unseen: int = 1600,
+    pixels: int = 32,
+    kinds: Sequence[str] = ("object", "studio"),
+    concepts: int = 2,
+    fractions: Sequence[float] = (0.05, 0.1, 0.2),
+    seeds: int = 3,
+    contexts: int = 3,
+    query_seeds: int = 8,
+    captions: int = 40,
+    draws: int = 8,
+    sampling_steps: int = 25,
+    guidance: float = 7.5,
+    loss_pictures: int = 160,
+    noises: int = 10,
+    widths: Sequence[int] = (32, 64),
+    steps: int = 3000,
+    batch: int = 32,
+    learning_rate: float = 2e-3,
+    methods: Sequence[str] = ("trak", "d-trak", "das-l1", "concept-trak", "headwater"),
+    parameters: str = "auto",
+    dim: int = 2048,
+    classifier_steps: int = 1500,
+    at_once: int = 192,
+    device: str = "auto",
+    say: Say = print,
+) -> pa.Table:
+    """The whole benchmark; the record is left in `out`.
+
+    Args:
+        out: folder of the record and of the models trained on everything.
+        corpus: folder of the emoji corpus, with its `model`; none: the demo's drawings.
+        model: pipeline that lends autoencoder and text encoder; the demo's if none is named.
+        styles: of the emoji corpus, and `names` (0: all) that they share.
+        per_pair: drawings to train on, of each object and studio.
+        unseen: pictures that no model sees: half teach the classifier too, half try it.
+        pixels: side of the pictures; 64 makes four times the work of 32.
+        kinds: of concepts; of the emoji only "style" has carriers enough.
+        concepts: of each kind, evenly taken.
+        fractions: of the corpus that are removed.
+        seeds: trainings; each has a model trained on everything, which is attributed.
+        contexts: captions with the concept that a method is asked about, averaged.
+        query_seeds: pictures drawn for each of them.
+        captions: that every retrained model draws, evenly taken, with `draws` pictures of each.
+        sampling_steps: of these drawings, and their `guidance`.
+        loss_pictures: of the unseen whose loss is taken, each at `noises` noise levels.
+        noises: see there.
+        widths: see `Training`; so `steps`, `batch` and `learning_rate`.
+        methods: names in the table of methods; none: all.
+        parameters: see `Recipe`; so `dim`.
+        classifier_steps: of the classifier's training.
+        at_once: models trained together.
+        device: a torch device, or auto.
+        say: told of progress.
+
+    Raises:
+        BenchmarkError: the classifier is not good enough to be a judge; an unknown method or kind
+            of concept; too few captions or unseen pictures to measure every label on.
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
+    named = methods_named(methods, Recipe(parameters=parameters, dim=dim))
+    training = Training(tuple(widths), steps, batch, learning_rate)
+    base = base_model(model, device)
+    if corpus is None:
+        material = drawings(base, per_pair=per_pair, unseen=unseen, pixels=pixels)
+    else:
+        material = emoji(
+            base, Path(corpus), styles=styles, names=names, unseen=unseen, pixels=pixels
+        )
+    trained, lessons = material.trained, material.lessons(base)
+    judge, accuracy = judged(trained, material.unseen, kinds, classifier_steps)
+    say(f"{len(trained)} pictures; the classifier is right on {accuracy} of unseen ones")
+    everything = [Job(torch.arange(len(trained)), seed) for seed in range(seeds)]
+    whole = train(base, lessons, everything, training, at_once=at_once, say=say)
+    sampling = Sampling(captions, draws, sampling_steps, guidance)
+    some = np.random.default_rng(0).permutation(len(material.unseen))[:loss_pictures]
+    lost = material.unseen.rows(some.tolist())
+    probe = probe_of(base, judge, trained, lost, sampling, noises)
+    before = presence(probe, whole), losses(probe, whole)
+    removals: list[Removal] = []
+    for seed in range(seeds):
+        folder = out / "models" / f"replicate-{seed}"
+        attributed = saved_model(base, whole, seed, training, folder)
+        study = study_of(attributed, trained, kinds, concepts, contexts, query_seeds, seed)
+        for method, scores in scores_of(study, named):
+            mine = removed(study, trained, method, scores, fractions)
+            removals += mine
+            say(f"seed {seed}, {method}: {told(mine, trained)}")
+    # Methods may remove the same.
+    different = {removal.key: removal.job(len(trained)) for removal in removals}
+    jobs = list(different.values())
+    say(f"{len(removals)} removals, {len(jobs)} different ones to retrain after")
+    after = []
+    for start in range(0, len(jobs), at_once):  # the models themselves are not kept
+        part = jobs[start : start + at_once]
+        stacked = train(base, lessons, part, training, at_once=at_once, say=say)
+        after.append((presence(probe, stacked), losses(probe, stacked)))
+    place = {key: number for number, key in enumerate(different)}
+    found = [torch.cat(parts) for parts in zip(*after, strict=True)]
+    records = [
+        {
+            "replicate": removal.seed,
+            "method": removal.method,
+            "concept": removal.kind,
+            "picture": removal.label,
+            "fraction": removal.fraction,
+            "removed": len(removal.rows),
+            "carriers_removed": removal.carriers(trained),
+            **effects(
+                judge.named.index((removal.kind, removal.label)),
+                (before[0][removal.seed], before[1][removal.seed]),
+                (found[0][place[removal.key]], found[1][place[removal.key]]),
+            ),
+        }
+        for removal in removals
+    ]
+    table = pa.Table.from_pylist(records, schema=SCHEMA)
+    write(out, settings, table, accuracy, base.device.type)
+    return table
+
+
+def judged(
+    trained: Pictures, unseen: Pictures, kinds: Sequence[str], steps: int
+) -> tuple[LatentClassifier, dict[str, float]]:
+    """A classifier of real pictures, and how often it is right on the unseen half of the unseen.
+
+    Raises:
+        BenchmarkError: less often than `GATE`, or a kind of concept that the pictures have not.
+    """
+    if unknown := sorted(set(kinds) - set(trained.labels)):
+        raise BenchmarkError(
+            f"the pictures have no {', '.join(unknown)}; their kinds are "
+            f"{', '.join(sorted(trained.labels))}"
+        )
+    half = len(unseen) // 2
+    apart = unseen.rows(range(half, len(unseen)))
+    known = joined(trained, unseen.rows(range(half)))
+    judge, accuracy = trained_classifier(known, apart, kinds, steps)
+    if min(accuracy.values()) < GATE:
+        raise BenchmarkError(
+            f"the classifier is right on {accuracy} of unseen pictures, less than {GATE}: it "
+            "judges nothing; give it more classifier_steps or more unseen pictures"
+        )
+    return judge, accuracy
+
+
+def study_of(
+    attributed: Model,
+    trained: Pictures,
+    kinds: Sequence[str],
+    concepts: int,
+    contexts: int,
+    seeds: int,
+    replicate: int,
+) -> Study:
+    """Questions about `concepts` of each kind, each in `contexts` captions that name it."""
+    questions = []
+    for kind in kinds:
+        labels = sorted(set(trained.labels[kind]))
+        for label in (labels[i] for i in evenly(range(len(labels)), concepts)):
+            truth = trained.carriers(kind, label)
+            first = {trained.captions[i]: i for i in reversed(truth.nonzero()[0].tolist())}
+            for i in evenly(sorted(first.values()), contexts):
+                questions.append(
+                    Question(
+                        f"{kind} {label}",
+                        trained.captions[i],
+                        trained.lacking[kind][i],
+                        trained.captions[i],
+                        truth,
+                    )
+                )
+    return Study(
+        "counterfactual",
+        attributed,
+        trained.corpus,
+        tuple(questions),
+        seeds=seeds,
+        batch=256,
+        replicate=replicate,
+    )
+
+
+def scores_of(
+    study: Study, methods: Sequence[Configuration]
+) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    """Scores [N, Q] of every baseline and method, at the damping that the method itself chooses."""
+    for name, baseline in BASELINES.items():
+        if not name.startswith("ceiling"):
+            yield name, baseline(study)
+    yield CARRIERS, np.stack([question.truth for question in study.questions], 1).astype(float)
+    for configuration in methods:
+        yield configuration.name, answer(study, configuration).scores().double().cpu().numpy()
+
+
+def removed(
+    study: Study,
+    trained: Pictures,
+    method: str,
+    scores: npt.NDArray[np.float64],
+    fractions: Sequence[float],
+) -> list[Removal]:
+    """The first of each ranking; scores [N, Q] are averaged over a concept's questions."""
+    found = []
+    for number, concept in enumerate(dict.fromkeys(q.concept for q in study.questions)):
+        mine = [i for i, question in enumerate(study.questions) if question.concept == concept]
+        kind, label = concept.split(" ", 1)
+        # Equal scores, as captions' and carriers' are, come in a drawn order.
+        generator = np.random.default_rng([study.replicate, number])
+        order = np.lexsort((generator.random(len(scores)), -scores[:, mine].mean(1)))
+        for fraction in fractions:
+            rows = order[: round(fraction * len(trained))]
+            found.append(Removal(study.replicate, method, kind, label, fraction, rows))
+    return found
+
+
+def effects(
+    place: int, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """What was lost: presence and loss, each [L], of the concept at `place` and of all others."""
+    drops, rises = before[0] - after[0], after[1] - before[1]
+    others = torch.arange(len(drops)) != place
+    return {
+        "presence": float(after[0][place]),
+        "drop": float(drops[place]),
+        "collateral": float(drops[others].mean()),
+        "loss_rise": float(rises[place]),
+        "loss_collateral": float(rises[others].mean()),
+    }
+
+
+def told(removals: Sequence[Removal], trained: Pictures) -> str:
+    """The shares of carriers that removals take away, for a line of progress."""
+    shares: dict[float, list[float]] = {}
+    for removal in removals:
+        shares.setdefault(removal.fraction, []).append(removal.carriers(trained))
+    means = [f"{fraction:g}: {np.mean(of):.2f}" for fraction, of in shares.items()]
+    return f"share of carriers removed {', '.join(means)}"

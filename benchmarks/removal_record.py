@@ -1,0 +1,166 @@
+"""The record of counterfactual removals: a table, Markdown and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headwater.benchmarks.measure import BASELINES
+from headwater.benchmarks.record import machine, told
+from headwater.benchmarks.summary import DRAWS, interval
+
+OURS = "headwater"
+CARRIERS = "random carriers"
+MEASURES = ("drop", "collateral", "loss_rise", "loss_collateral")
+SCHEMA = pa.schema(
+    [
+        ("replicate", pa.int64()),  # seed of the trainings
+        ("method", pa.string()),
+        ("concept", pa.string()),  # its kind
+        ("picture", pa.string()),  # its label
+        ("fraction", pa.float64()),  # of the corpus, removed
+        ("removed", pa.int64()),
+        ("carriers_removed", pa.float64()),  # share of the concept's pictures that were removed
+        ("presence", pa.float64()),  # what is left of the concept
+        *((name, pa.float64()) for name in MEASURES),
+    ]
+)
+_INTRO = """
+Models retrained without the pictures that a method ranks first for a concept: the drop of the
+concept in what they draw (probability by a classifier of real pictures, right on {accuracy} of
+unseen ones), of all other concepts (collateral), and how much their denoising losses rise. Means
+over concepts and seeds with 95 % bootstrap intervals. "random carriers" takes labels. Ours is set
+against the best other method first.
+"""
+
+
+def write(
+    out: Path,
+    settings: Mapping[str, Any],
+    table: pa.Table,
+    accuracy: Mapping[str, float],
+    device: str,
+) -> None:
+    """Leave `config.json`, the table as Parquet, Markdown and a plot in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    config = {"benchmark": "counterfactual", "settings": dict(settings), **machine(device)}
+    config["classifier"] = dict(accuracy)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    pq.write_table(table, out / "counterfactual.parquet")
+    rows = table.to_pylist()
+    intro = _INTRO.format(accuracy=" and ".join(f"{v:.3f} ({k})" for k, v in accuracy.items()))
+    lines = ["# counterfactual", intro, told(config), "", *_ratios(rows), *_tables(rows)]
+    lines.append("![drop](counterfactual-drop.png)")
+    (out / "counterfactual.md").write_text("\n".join(lines) + "\n")
+    _plot(rows, out / "counterfactual-drop.png")
+
+
+def ratio(
+    rows: Sequence[Mapping[str, Any]], ours: str, rival: str, measure: str = "drop"
+) -> tuple[float, float, float]:
+    """Our mean effect divided by a rival's, with a 95 % interval.
+
+    Seeds are drawn again, and concepts within them, the same for both. Against a rival without an
+    effect the ratio is infinite, or minus infinity where we have none either.
+    """
+    effects = {
+        (r["method"], r["replicate"], r["concept"], r["picture"]): float(r[measure]) for r in rows
+    }
+    pairs: dict[int, list[tuple[float, float]]] = {}
+    for (method, *key), value in effects.items():
+        if method == ours:
+            pairs.setdefault(key[0], []).append((value, effects[rival, *key]))
+    seeds = [np.array(of) for of in pairs.values()]
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(DRAWS):
+        chosen = generator.integers(len(seeds), size=len(seeds))
+        sums = [seeds[i][generator.integers(len(seeds[i]), size=len(seeds[i]))] for i in chosen]
+        found.append(np.concatenate(sums).mean(0))
+    means = np.concatenate(seeds).mean(0)
+    low, high = np.percentile([_over(*of) for of in found], [2.5, 97.5], method="nearest")
+    return _over(*means), float(low), float(high)
+
+
+def _over(ours: float, rival: float) -> float:
+    if rival > 0:
+        return float(ours / rival)
+    return np.inf if ours > 0 else -np.inf
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Our drop and loss rise against the best other method's and the controls'."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    rivals = [method for method in methods if method not in (OURS, CARRIERS, *BASELINES)]
+    controls = [method for method in methods if method == CARRIERS or method in BASELINES]
+    if OURS not in methods:
+        return []
+    lines = []
+    for fraction in sorted({row["fraction"] for row in rows}):
+        here = [row for row in rows if row["fraction"] == fraction]
+        for measure in ("drop", "loss_rise"):
+            effects = {method: _mean(here, method, measure) for method in rivals}
+            best = sorted(effects, key=effects.__getitem__, reverse=True)[:1]
+            ratios = []
+            for method in (*best, *controls):
+                value, low, high = ratio(here, OURS, method, measure)
+                ratios.append(f"{value:.2f} times ({low:.2f} to {high:.2f}) that of {method}")
+            name = measure.replace("_", " ")
+            lines.append(f"- {fraction:.0%} removed: our {name} is {', '.join(ratios)}.")
+    return [*lines, ""]
+
+
+def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for fraction in sorted({row["fraction"] for row in rows}):
+        here = [row for row in rows if row["fraction"] == fraction]
+        methods = dict.fromkeys(row["method"] for row in here)
+        lines += [
+            f"## {fraction:.0%} of the corpus removed",
+            "",
+            "| method | carriers removed | drop | 95 % | collateral | loss rise | 95 % | others' |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for method in sorted(methods, key=lambda m: -_mean(here, m, "drop")):
+            mine = [row for row in here if row["method"] == method]
+            low, high = interval(mine, "drop")
+            below, above = interval(mine, "loss_rise")
+            lines.append(
+                f"| {method} | {_mean(here, method, 'carriers_removed'):.2f} "
+                f"| {_mean(here, method, 'drop'):.3f} | {low:.3f} to {high:.3f} "
+                f"| {_mean(here, method, 'collateral'):.3f} "
+                f"| {_mean(here, method, 'loss_rise'):.4f} | {below:.4f} to {above:.4f} "
+                f"| {_mean(here, method, 'loss_collateral'):.4f} |"
+            )
+        lines.append("")
+    return lines
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], method: str, measure: str) -> float:
+    return float(np.mean([row[measure] for row in rows if row["method"] == method]))
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Drop of the concept, and of the others, against the share of the corpus that was removed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    fractions = sorted({row["fraction"] for row in rows})
+    for axis, measure in zip(axes, ("drop", "collateral"), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            means = [
+                _mean([row for row in rows if row["fraction"] == fraction], method, measure)
+                for fraction in fractions
+            ]
+            axis.plot([100 * fraction for fraction in fractions], means, "o-", label=method)
+        axis.set(xlabel="% of the corpus removed", title=measure)
+    axes[0].set_ylabel("drop of the probability")
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)

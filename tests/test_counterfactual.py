@@ -1,0 +1,349 @@
+"""Counterfactual removals: who is removed, what is measured, and that a removed concept is lost."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_material
+import torch
+from PIL import Image
+from tiny import stable_diffusion
+from torch import Tensor
+
+from headwater.attribution import Model, generation_path, seeded_noise
+from headwater.benchmarks import counterfactual, removal_record
+from headwater.benchmarks.counterfactual import Removal, effects, removed
+from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
+from headwater.benchmarks.material import base_model, drawings, emoji, evenly
+from headwater.benchmarks.noised import noised
+from headwater.benchmarks.presence import Probe, Sampling, losses, presence, probe_of
+from headwater.benchmarks.retraining import (
+    Job,
+    Training,
+    small_unet,
+    train,
+    with_denoiser,
+)
+from headwater.benchmarks.stacked import stack
+
+KINDS = ("object", "style")
+
+
+@pytest.fixture(scope="module")
+def base() -> Model:
+    return Model.from_pipeline(stable_diffusion(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def judge() -> LatentClassifier:
+    many = [tiny_material.pictures(seed=seed) for seed in range(2, 6)]
+    known = many[0]
+    for more in many[1:]:
+        known = counterfactual.joined(known, more)
+    found, accuracy = trained_classifier(known, tiny_material.pictures(seed=6), ("object",), 40)
+    assert accuracy["object"] > 0.9
+    return found
+
+
+def probe(base: Model, judge: LatentClassifier) -> Probe:
+    sampling = Sampling(captions=6, draws=2, steps=3, guidance=3.0)
+    material = tiny_material.material()
+    return probe_of(base, judge, material.trained, material.unseen, sampling, 3)
+
+
+def test_presence_and_losses_are_those_of_each_model_alone(
+    base: Model, judge: LatentClassifier
+) -> None:
+    asked = probe(base, judge)
+    unets = [small_unet(base, (8, 16), 8, seed) for seed in range(2)]
+    drawn, lost = presence(asked, stack(unets)), losses(asked, stack(unets))
+    material = tiny_material.material()
+    captions = [material.trained.captions[i] for i in (0, 2, 4, 6, 8, 10)]
+    labels = [label for _, label in judge.named]
+    for m, unet in enumerate(unets):
+        model = with_denoiser(base, unet)
+        sums = np.zeros((2, len(labels)))
+        for caption in captions:
+            for number in range(2):
+                x_T = seeded_noise(0, f"draw/{caption}#{number}", (4, 8, 8))[None]
+                states, null = base.encode_prompts([caption]), base.encode_prompts([""])
+                grid = [1, 334, 667]
+                x_0, _ = generation_path(
+                    model, x_T, states, null, grid=grid, timesteps=[], guidance=3.0
+                )
+                place = labels.index(caption.split()[2])
+                sums[0, place] += float(judge.probabilities(x_0)[0, place])
+                sums[1, place] += 1
+        np.testing.assert_allclose(drawn[m].numpy(), sums[0] / sums[1], rtol=1e-3, atol=1e-4)
+        sums[:] = 0
+        unseen = noised(base, material.unseen, 3)
+        for i, caption in enumerate(material.unseen.captions):
+            for level in range(3):
+                t = unseen.t[level : level + 1]
+                a, s = base.coefficients(t)
+                eps = unseen.noise[i, level]
+                with torch.no_grad():
+                    e = model.noise(a * unseen.x_0[i] + s * eps, t, base.encode_prompts([caption]))
+                place = labels.index(caption.split()[2])
+                sums[0, place] += float((e[0] - eps).square().mean())
+                sums[1, place] += 1
+        np.testing.assert_allclose(lost[m].numpy(), sums[0] / sums[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_never_saw_a_concept_knows_it_less(
+    base: Model, judge: LatentClassifier
+) -> None:
+    """What was seen is half learnt by heart, so its loss is taken on the pictures themselves."""
+    material = tiny_material.material()
+    words = ("cat", "dog", "fish")
+    jobs = [Job(torch.arange(12), 0)]
+    for word in words:
+        shows = material.trained.carriers("object", word)
+        jobs.append(Job(torch.from_numpy((~shows).nonzero()[0]), 0))
+    training = Training(widths=(8, 16), steps=80, batch=8, learning_rate=1e-2)
+    lessons = material.lessons(base)
+    whole = train(base, lessons, jobs, training, at_once=4, say=lambda _: None)
+    sampling = Sampling(captions=12, draws=1, steps=1, guidance=1.0)
+    lost = losses(probe_of(base, judge, material.trained, material.trained, sampling, 5), whole)
+    beyond = []
+    for number, word in enumerate(words, start=1):
+        place = judge.named.index(("object", word))
+        found = effects(place, (lost[0], lost[0]), (lost[0], lost[number]))
+        beyond.append(found["loss_rise"] - found["loss_collateral"])
+    assert min(beyond) > 0
+    assert np.mean(beyond) > 0.01
+
+
+def test_effects_tell_the_concept_from_the_others() -> None:
+    before = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.1, 0.1, 0.1])
+    after = torch.tensor([0.4, 0.7, 0.7]), torch.tensor([0.3, 0.1, 0.2])
+    found = effects(0, before, after)
+    expected = {
+        "presence": 0.4,
+        "drop": 0.5,
+        "collateral": 0.05,
+        "loss_rise": 0.2,
+        "loss_collateral": 0.05,
+    }
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
+
+
+def test_removals_take_the_first_and_share_ties_by_chance(base: Model) -> None:
+    trained = tiny_material.pictures()
+    study = counterfactual.study_of(base, trained, KINDS, 2, 3, 1, replicate=0)
+    assert [q.concept for q in study.questions] == [
+        *["object cat"] * 2,  # it has two captions
+        *["object fish"] * 2,
+        *["style blue"] * 3,
+        *["style red"] * 3,
+    ]
+    for question in study.questions:
+        kind, label = question.concept.split()
+        assert label in question.prompt
+        assert label not in question.contrast
+        assert np.array_equal(question.truth, trained.carriers(kind, label))
+    scores = np.random.default_rng(0).normal(size=(12, 10))
+    found = removed(study, trained, "m", scores, (0.25, 0.5))
+    assert [(r.kind, r.label, len(r.rows)) for r in found[:3]] == [
+        ("object", "cat", 3),
+        ("object", "cat", 6),
+        ("object", "fish", 3),
+    ]
+    mean = (scores[:, 0] + scores[:, 1]) / 2
+    assert found[1].rows.tolist() == sorted(range(12), key=lambda i: -mean[i])[:6]
+    kept = found[0].job(12).members.tolist()
+    assert sorted([*kept, *found[0].rows]) == list(range(12))
+    truth = np.stack([question.truth for question in study.questions], 1).astype(float)
+    drawn = [
+        removed(replace(study, replicate=seed), trained, "m", truth, (1 / 12,))[0]
+        for seed in range(30)
+    ]
+    assert {int(removal.rows[0]) for removal in drawn} == set(np.flatnonzero(truth[:, 0]))
+    assert all(removal.carriers(trained) == 0.5 for removal in drawn)
+
+
+def test_equal_removals_are_of_one_model() -> None:
+    first = Removal(0, "a", "object", "cat", 0.5, np.array([3, 1]))
+    assert first.key == replace(first, method="b", rows=np.array([1, 3])).key
+    assert first.key != replace(first, seed=1).key
+    assert first.key != replace(first, rows=np.array([1, 4])).key
+
+
+def rows_of(drops: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": m,
+            "replicate": i // 2,
+            "concept": "c",
+            "picture": str(i % 2),
+            "drop": drop,
+            "loss_rise": 1 - drop,
+        }
+        for m, values in drops.items()
+        for i, drop in enumerate(values)
+    ]
+
+
+def test_a_ratio_of_drops_and_its_interval() -> None:
+    rows = rows_of({"ours": [0.4, 0.6, 0.2, 0.8], "rival": [0.2, 0.3, 0.1, 0.4]})
+    assert removal_record.ratio(rows, "ours", "rival") == pytest.approx((2, 2, 2))
+    rows = rows_of({"ours": [0.4, 0.1, 0.2, 0.1], "rival": [0.2, 0.3, 0.1, 0.4]})
+    value, low, high = removal_record.ratio(rows, "ours", "rival")
+    assert value == pytest.approx(0.8)
+    assert low < value < high
+    rows = rows_of({"ours": [0.4, 0.1], "rival": [-0.2, 0.0]})
+    assert removal_record.ratio(rows, "ours", "rival") == (np.inf, np.inf, np.inf)
+    rows = rows_of({"ours": [-0.4, -0.1], "rival": [-0.2, 0.0]})
+    assert removal_record.ratio(rows, "ours", "rival")[0] == -np.inf
+
+
+def test_ours_is_set_against_the_best_other_method_and_the_controls() -> None:
+    drops = {
+        "headwater": [0.4],
+        "trak": [0.1],
+        "d-trak": [0.2],
+        "random": [0.0],
+        "caption search (BM25)": [0.5],
+        removal_record.CARRIERS: [0.4],
+    }
+    rows = [row | {"fraction": 0.1} for row in rows_of(drops)]
+    drop, rise, _ = removal_record._ratios(rows)
+    assert rise.startswith("- 10% removed: our loss rise is 0.67 times (0.67 to 0.67) that of trak")
+    assert drop == (
+        "- 10% removed: our drop is 2.00 times (2.00 to 2.00) that of d-trak, "
+        "inf times (inf to inf) that of random, "
+        "0.80 times (0.80 to 0.80) that of caption search (BM25), "
+        "1.00 times (1.00 to 1.00) that of random carriers."
+    )
+
+
+def test_a_bad_judge_is_refused() -> None:
+    trained = tiny_material.pictures()
+    with pytest.raises(BenchmarkError, match="judges nothing"):
+        counterfactual.judged(trained, tiny_material.pictures(seed=3), ("object",), 1)
+    with pytest.raises(BenchmarkError, match="have no studio; their kinds are object, style"):
+        counterfactual.judged(trained, trained, ("object", "studio"), 1)
+
+
+def test_every_label_must_be_measured_on_something(base: Model, judge: LatentClassifier) -> None:
+    trained = tiny_material.pictures()
+    with pytest.raises(BenchmarkError, match="dog is in 0 of the captions to draw"):
+        probe_of(base, judge, trained, trained, Sampling(captions=2), 1)
+    unseen = tiny_material.pictures(words=("cat", "dog", "drawing"))
+    with pytest.raises(BenchmarkError, match=r"fish is in 2 .* in 0 of the unseen"):
+        probe_of(base, judge, trained, unseen, Sampling(captions=12), 1)
+
+
+def test_the_whole_benchmark_leaves_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counterfactual, "GATE", 0.0)
+    said: list[str] = []
+    settings = {
+        "per_pair": 1,
+        "unseen": 40,
+        "pixels": 32,
+        "concepts": 1,
+        "fractions": [0.25],
+        "seeds": 2,
+        "contexts": 1,
+        "query_seeds": 1,
+        "captions": 20,
+        "draws": 1,
+        "sampling_steps": 2,
+        "noises": 1,
+        "widths": [8, 16],
+        "steps": 2,
+        "batch": 2,
+        "methods": ["d-trak"],
+        "dim": 64,
+        "classifier_steps": 5,
+    }
+    table = counterfactual.run(tmp_path, device="cpu", say=said.append, **settings)  # type: ignore[arg-type]
+    rows = table.to_pylist()
+    assert len(rows) == 2 * 2 * 5  # seeds, concepts, methods
+    assert {row["removed"] for row in rows} == {10}
+    for row in rows:
+        if row["method"] == removal_record.CARRIERS:
+            assert row["carriers_removed"] == 1.0
+    assert pq.read_table(tmp_path / "counterfactual.parquet").equals(table)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"].items() >= settings.items()
+    assert set(counterfactual.SMALL) <= set(config["settings"])
+    text = (tmp_path / "counterfactual.md").read_text()
+    assert "## 25% of the corpus removed" in text
+    assert (tmp_path / "counterfactual-drop.png").is_file()
+    assert any(line.startswith("20 removals") for line in said)
+
+
+def emoji_corpus(folder: Path) -> Path:
+    """Three styles of five names, one name lacking in the third."""
+    rows = []
+    for place, style in enumerate(("noto", "flat", "black")):
+        for number, name in enumerate(("cat", "dog", "fish", "house", "red")):
+            if (style, name) == ("black", "red"):
+                continue
+            png = io.BytesIO()
+            Image.new("RGB", (64, 64), (40 * number, 60 * place, 90)).save(png, format="PNG")
+            rows.append(
+                {
+                    "image_id": f"{style}-{name}",
+                    "image": png.getvalue(),
+                    "caption": f"a {name} emoji in {style} style",
+                    "name": name,
+                    "style": style,
+                }
+            )
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return folder
+
+
+def test_emoji_are_the_names_that_all_styles_have(tmp_path: Path) -> None:
+    base = base_model(None, "cpu")
+    corpus = emoji_corpus(tmp_path / "emoji")
+    found = emoji(base, corpus, styles=("noto", "black"), names=0, unseen=3, pixels=32)
+    assert (len(found.trained), len(found.unseen)) == (5, 3)
+    both = counterfactual.joined(found.trained, found.unseen)
+    assert set(both.labels["object"]) == {"cat", "dog", "fish", "house"}
+    assert set(both.keys) == {f"{s}-{n}" for s in ("noto", "black") for n in both.labels["object"]}
+    for i, key in enumerate(both.keys):
+        style, name = key.split("-")
+        assert both.lacking["object"][i] == f"an emoji in {style} style"
+        assert both.lacking["style"][i] == f"a {name} emoji"
+        assert (both.labels["object"][i], both.labels["style"][i]) == (name, style)
+    colour = torch.tensor([40 * 1, 60 * 2, 90.0]) / 127.5 - 1
+    expected: Tensor = base.encode_images(colour.view(1, 3, 1, 1).expand(1, 3, 32, 32))
+    torch.testing.assert_close(both.x_0[both.keys.index("black-dog")], expected[0])
+    fewer = emoji(base, corpus, styles=("noto", "flat"), names=2, unseen=1, pixels=32)
+    assert len(fewer.trained) == 3
+    with pytest.raises(BenchmarkError, match="choose other styles"):
+        emoji(base, corpus, styles=("noto", "none"), names=0, unseen=0, pixels=32)
+    with pytest.raises(BenchmarkError, match=r"train.parquet does not exist; --corpus"):
+        emoji(base, tmp_path, styles=("noto",), names=0, unseen=0, pixels=32)
+
+
+def test_drawings_go_round_all_pairs() -> None:
+    base = base_model(None, "cpu")
+    found = drawings(base, per_pair=1, unseen=60, pixels=32)
+    assert len(found.trained) == 40
+    assert len(set(found.trained.captions)) == 40
+    unseen = list(found.unseen.captions)
+    assert sorted(unseen[:40]) == sorted(found.trained.captions)
+    assert len(set(unseen[40:])) == 20
+    assert {line.split()[1] for line in unseen[40:]} == set(found.trained.labels["object"])
+    assert not any(torch.equal(x, y) for x in found.unseen.x_0 for y in found.trained.x_0)
+
+
+def test_few_are_taken_evenly() -> None:
+    assert evenly(range(10), 5) == [0, 2, 4, 6, 8]
+    assert evenly(range(3), 5) == [0, 1, 2]
