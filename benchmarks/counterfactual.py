@@ -32,7 +32,7 @@ from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
 from headwater.benchmarks.lds import methods_named
 from headwater.benchmarks.material import Pictures, base_model, drawings, emoji, evenly, joined
-from headwater.benchmarks.measure import BASELINES
+from headwater.benchmarks.measure import BASELINES, answerable
 from headwater.benchmarks.presence import Sampling, losses, presence, probe_of
 from headwater.benchmarks.removal_record import CARRIERS, SCHEMA, write
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, train
@@ -176,7 +176,7 @@ def run(
         folder = out / "models" / f"replicate-{seed}"
         attributed = saved_model(base, whole, seed, training, folder)
         study = study_of(attributed, trained, kinds, concepts, contexts, query_seeds, seed)
-        for method, scores in scores_of(study, named):
+        for method, scores in scores_of(study, named, say):
             mine = removed(study, trained, method, scores, fractions)
             removals += mine
             say(f"seed {seed}, {method}: {told(mine, trained)}")
@@ -262,6 +262,7 @@ def study_of(
                         trained.lacking[kind][i],
                         trained.captions[i],
                         truth,
+                        trained.alone(kind)[i],
                     )
                 )
     return Study(
@@ -276,14 +277,14 @@ def study_of(
 
 
 def scores_of(
-    study: Study, methods: Sequence[Configuration]
+    study: Study, methods: Sequence[Configuration], say: Say
 ) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
     """Scores [N, Q] of every baseline and method, at the damping that the method itself chooses."""
     for name, baseline in BASELINES.items():
         if not name.startswith("ceiling"):
             yield name, baseline(study)
     yield CARRIERS, np.stack([question.truth for question in study.questions], 1).astype(float)
-    for configuration in methods:
+    for configuration in answerable(study, methods, say):
         yield configuration.name, answer(study, configuration).scores().double().cpu().numpy()
 
 

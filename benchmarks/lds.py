@@ -31,7 +31,7 @@ from headwater.attribution import Model, Recipe
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material, Pictures, base_model, drawings, emoji, evenly
-from headwater.benchmarks.measure import BASELINES, DAMPINGS
+from headwater.benchmarks.measure import BASELINES, DAMPINGS, answerable
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.noised import Noised, heard, noised, predicted
 from headwater.benchmarks.ranks import spearman
@@ -229,8 +229,10 @@ def with_images(methods: Sequence[Configuration]) -> list[Configuration]:
     found = []
     for method in methods:
         found.append(method)
-        if method.query in ("contrast", "slider"):
-            found.append(replace(method, name=f"{method.name} (image)", query="image"))
+        image = replace(method, name=f"{method.name} (image)", query="image")
+        known = {(other.recipe, other.similarity) for other in found if other.query == "image"}
+        if method.query != "image" and (method.recipe, method.similarity) not in known:
+            found.append(image)
     return found
 
 
@@ -266,12 +268,14 @@ def study_of(
     questions = []
     for kind in (LOSS, *sorted(pictures.lacking)):
         for place, (caption, key) in enumerate(zip(pictures.captions, pictures.keys, strict=True)):
-            contrast, truth = "", np.zeros(len(material.trained), dtype=bool)
+            # The whole caption against nothing, when it is about the whole picture.
+            contrast, alone = "", caption
+            truth = np.zeros(len(material.trained), dtype=bool)
             if kind != LOSS:
-                contrast = pictures.lacking[kind][place]
+                contrast, alone = pictures.lacking[kind][place], pictures.alone(kind)[place]
                 truth = material.trained.carriers(kind, pictures.labels[kind][place])
             concept = f"{kind}, {asked.where[place]}"
-            questions.append(Question(concept, caption, contrast, key, truth))
+            questions.append(Question(concept, caption, contrast, key, truth, alone))
     return Study(
         "lds",
         attributed,
@@ -349,7 +353,7 @@ def scored(
     for name, baseline in BASELINES.items():
         if not name.startswith("ceiling"):
             add(name, lds(baseline(study), halves, true), {"label_free": True})
-    for configuration in methods:
+    for configuration in answerable(study, methods, say):
         answers = answer(study, configuration)
         facts: dict[str, Any] = {"ingest_seconds": answers.ingest_seconds}
         for damping in _dampings(configuration, answers.damping):

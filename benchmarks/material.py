@@ -57,6 +57,11 @@ class Pictures:
         """Which of them show it, [N]."""
         return np.array([own == label for own in self.labels[kind]])
 
+    def alone(self, kind: str) -> tuple[str, ...]:
+        """Each caption of this concept and nothing else: without the other, where there are two."""
+        others = [lines for other, lines in self.lacking.items() if other != kind]
+        return others[0] if len(others) == 1 else ("",) * len(self)
+
     def rows(self, chosen: Sequence[int]) -> Pictures:
         """Those at the given positions."""
 

@@ -6,7 +6,7 @@ against the carriers of the question's concept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import bm25s
@@ -62,14 +62,23 @@ def measure(
         scores = torch.from_numpy(scores_of(study))
         records += _records(study, name, scores, {"label_free": True})
         say(_line(study, records[-len(study.questions) :]))
-    for configuration in configurations:
-        if configuration.query == "effect" and not all(q.alone for q in study.questions):
-            say(f"{study.name} {configuration.name}: left out, no question says its concept alone")
-            continue
+    for configuration in answerable(study, configurations, say):
         answers = answer(study, configuration)
         seen(answers)
         records += measured(study, answers, say, dampings)
     return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def answerable(
+    study: Study, configurations: Iterable[Configuration], say: Say
+) -> Iterator[Configuration]:
+    """Those that the study's questions suffice for; says which do not."""
+    for configuration in configurations:
+        if configuration.query == "effect" and not all(q.alone for q in study.questions):
+            name = f"{study.name} {configuration.name}"
+            say(f"{name}: left out, not every question says its concept alone")
+        else:
+            yield configuration
 
 
 class Scored(Protocol):
