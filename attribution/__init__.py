@@ -28,7 +28,6 @@ Knows no files and no index.
 
 from .batching import BatchChoice, choose_batch
 from .curvature import Curvature, Gram, dual_curvature
-from .damping import label_free_damping
 from .engine import Engine, Rows
 from .errors import ModelError
 from .execution import Execution
@@ -74,7 +73,6 @@ __all__ = [
     "image_rows",
     "journey_rows",
     "kept",
-    "label_free_damping",
     "quiet_libraries",
     "resolved",
     "reward_rows",

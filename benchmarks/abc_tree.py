@@ -3,15 +3,15 @@
 Everything is below one folder; what this reads of it:
 
     all_tasks.json              custom_diffusion/tasks/all_tasks.json of the repository
-                                PeterWang512/AttributeByUnlearning: a list of objects, one a picture,
-                                with `synth_image_path`, `prompt`, `test_case`, `test_case_ind`,
+                                PeterWang512/AttributeByUnlearning: a list of objects, one for each
+                                picture, with `synth_image_path`, `prompt`, `test_case`, `test_case_ind`,
                                 `model_path`, `train_prompt` (20 models x 20 pictures)
     json/TEST_CASE.json         a list; of entry `test_case_ind` the paths under `exemplar`, which
                                 begin with `dataset/` for the tree's own folder
     exemplar/, synth/           the pictures
     models/.../<new1>.bin       {word: embedding [768]} as diffusers' Custom Diffusion saves it
     models/.../pytorch_custom_diffusion_weights.pt
-                                {name of a parameter of the UNet: tensor}: `attn2.to_k`, `attn2.to_v`
+                                {name of a parameter of the UNet: tensor}: to_k, to_v of attn2
     laion_latents.npy           [2 N, 4, 64, 64]: x_0 of the distractors (times the VAE's scale),
                                 then of their mirror images, which are not used
     laion_text_embeddings.npy   [N, 77, 768]: what SD-1.4 hears of the captions; used to check that
@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from headwater.attribution import ImageRejected, Model, ModelError, decode, fit
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.finetuning import add_words
 
 WEIGHTS = "pytorch_custom_diffusion_weights.pt"
@@ -55,10 +56,6 @@ _REMEDY = (
 _SAME_TEXT = 0.05
 # diffusers' trainer names the trained copies so inside of its attention processors.
 _PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_custom_diffusion\.")
-
-
-class TreeError(ValueError):
-    """A part of the tree that is missing or not as expected; the message says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +98,17 @@ class Laion:
         """Refuse captions in another order than the latents, latents of another model or scale.
 
         Raises:
-            TreeError: names the file and the row.
+            BenchmarkError: names the file and the row.
         """
         shape = tuple(self.latents.shape[1:])
         if shape != model.sample_shape:
-            raise TreeError(
+            raise BenchmarkError(
                 f"laion_latents.npy holds {shape}, the model draws {model.sample_shape}; "
                 "give --model the base model that the tree was made with (SD-1.4)"
             )
         size = float(self.x_0(0, min(64, len(self))).square().mean().sqrt())
         if not 0.2 < size < 3:
-            raise TreeError(
+            raise BenchmarkError(
                 f"laion_latents.npy has the root mean square {size:.3g}; x_0 has about 1: "
                 "multiply the latents by the VAE's scaling_factor"
             )
@@ -121,7 +118,7 @@ class Laion:
         for row, mine in zip(rows, heard["encoder_hidden_states"].cpu(), strict=True):
             theirs = torch.from_numpy(np.array(self.heard[row], np.float32))
             if mine.shape != theirs.shape or (mine - theirs).norm() > _SAME_TEXT * theirs.norm():
-                raise TreeError(
+                raise BenchmarkError(
                     f"laion_text_embeddings.npy, row {row}, is not what the model hears of line "
                     f"{row + 1} of laion_subset/captions.txt ({self.captions[row]!r}): another "
                     f"base model, or another order; {_REMEDY}"
@@ -152,11 +149,11 @@ def read_tree(
         folders: where models and pictures are sought instead of `models` and `synth`.
 
     Raises:
-        TreeError: a file that is missing, or not as this module says.
+        BenchmarkError: a file that is missing, or not as this module says.
     """
     root = Path(root)
     if not root.is_dir():
-        raise TreeError(f"AbC folder {root} does not exist; check --tree")
+        raise BenchmarkError(f"AbC folder {root} does not exist; check --tree")
     listed = Path(tasks) if tasks is not None else root / "all_tasks.json"
     found: dict[str, Customised] = {}
     cases: dict[str, Any] = {}
@@ -166,16 +163,16 @@ def read_tree(
             path, prompt = task["model_path"], task["prompt"]
             picture, caption = task["synth_image_path"], task["train_prompt"]
         except (KeyError, TypeError) as error:
-            raise TreeError(f"{listed}: task {number} has no {error}; take the file anew") from None
+            raise BenchmarkError(f"{listed}: task {number} has no {error}; take the file anew") from None
         if case not in cases:
             cases[case] = _json(root / "json" / f"{case}.json")
         if not 0 <= place < len(cases[case]):
-            raise TreeError(f"{root}/json/{case}.json has no entry {place} (task {number})")
+            raise BenchmarkError(f"{root}/json/{case}.json has no entry {place} (task {number})")
         asked = Task(root / _moved(picture, "synth", folders[1]), prompt, without_word(prompt))
         if path not in found:
             exemplars = cases[case][place].get("exemplar", [])
             if not exemplars:
-                raise TreeError(f"{root}/json/{case}.json, entry {place}, names no exemplar")
+                raise BenchmarkError(f"{root}/json/{case}.json, entry {place}, names no exemplar")
             found[path] = Customised(
                 name=path.removeprefix("models/"),
                 kind=case.removeprefix("test_"),
@@ -187,7 +184,7 @@ def read_tree(
         before = found[path]
         found[path] = Customised(**{**vars(before), "tasks": (*before.tasks, asked)})
     if not found:
-        raise TreeError(f"{listed} lists no task; take the file anew")
+        raise BenchmarkError(f"{listed} lists no task; take the file anew")
     return Tree(tuple(found.values()), _laion(root, laion))
 
 
@@ -200,16 +197,16 @@ def read_pictures(paths: Sequence[Path], model: Model) -> Tensor:
     """Picture files as the model sees them, their centres: x_0 [N, C, h, w].
 
     Raises:
-        TreeError: a file that is missing or broken.
+        BenchmarkError: a file that is missing or broken.
     """
     pictures = []
     for path in paths:
         try:
             pictures.append(fit(decode(path.read_bytes()), model.image_size))
         except OSError as error:
-            raise TreeError(f"{path}: {error.strerror}; {_REMEDY}") from error
+            raise BenchmarkError(f"{path}: {error.strerror}; {_REMEDY}") from error
         except ImageRejected as error:
-            raise TreeError(f"{path} cannot be used ({error}); {_REMEDY}") from error
+            raise BenchmarkError(f"{path} cannot be used ({error}); {_REMEDY}") from error
     return model.encode_pictures(np.stack(pictures))
 
 
@@ -219,7 +216,7 @@ def customise(base: Model, customised: Customised, *, weights: bool) -> Model:
     Files are read as tensors; nothing in them is run.
 
     Raises:
-        TreeError: a file that is missing, damaged or made for another model.
+        BenchmarkError: a file that is missing, damaged or made for another model.
     """
     pipeline = copy.deepcopy(base.family.pipeline)
     paths = [customised.folder / name for name in EMBEDDINGS]
@@ -227,7 +224,7 @@ def customise(base: Model, customised: Customised, *, weights: bool) -> Model:
     try:
         add_words(pipeline, _tensors(path))
     except ModelError as error:
-        raise TreeError(f"{path}: {error}") from error
+        raise BenchmarkError(f"{path}: {error}") from error
     if weights:
         _put_weights(pipeline.unet, customised.folder / WEIGHTS)
     name = next(n for n, d in _DTYPES.items() if d is base.dtype)
@@ -241,10 +238,10 @@ def _put_weights(unet: Any, path: Path) -> None:
     parameters = dict(unet.named_parameters())
     found = {_PROCESSOR.sub(r".\1.", name): tensor for name, tensor in _tensors(path).items()}
     if not found:
-        raise TreeError(f"{path} holds no weights; {_REMEDY}")
+        raise BenchmarkError(f"{path} holds no weights; {_REMEDY}")
     for name, tensor in found.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise TreeError(
+            raise BenchmarkError(
                 f"{path}: {name} {tuple(tensor.shape)} is no parameter of the model's UNet; give "
                 "--model the base model that it was fine-tuned from (SD-1.4)"
             )
@@ -256,12 +253,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise TreeError(f"{path}: {error.strerror}; {_REMEDY}") from error
+        raise BenchmarkError(f"{path}: {error.strerror}; {_REMEDY}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TreeError(f"{path} cannot be read as tensors ({reason}); {_REMEDY}") from error
+        raise BenchmarkError(f"{path} cannot be read as tensors ({reason}); {_REMEDY}") from error
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise TreeError(f"{path} holds no table of tensors; {_REMEDY}")
+        raise BenchmarkError(f"{path} holds no table of tensors; {_REMEDY}")
     return found
 
 
@@ -274,7 +271,7 @@ def _laion(root: Path, rows: int) -> Laion:
         with path.open(encoding="utf-8") as lines:
             captions = tuple(line.strip() for line, _ in zip(lines, range(rows), strict=False))
     except OSError as error:
-        raise TreeError(f"{path}: {error.strerror}; {_REMEDY}") from error
+        raise BenchmarkError(f"{path}: {error.strerror}; {_REMEDY}") from error
     held = {
         "laion_latents.npy (a picture and its mirror image)": len(latents) // 2,
         "laion_text_embeddings.npy": len(heard),
@@ -282,9 +279,9 @@ def _laion(root: Path, rows: int) -> Laion:
     }
     for name, count in held.items():
         if count < rows:
-            raise TreeError(f"{root}/{name} holds {count} of {rows} rows; ask for fewer (--laion)")
+            raise BenchmarkError(f"{root}/{name} holds {count} of {rows} rows; ask for fewer (--laion)")
     if rows < 1:
-        raise TreeError(f"--laion {rows} is not positive; the published runs take 100000")
+        raise BenchmarkError(f"--laion {rows} is not positive; the published runs take 100000")
     return Laion(latents, heard, captions)
 
 
@@ -292,9 +289,9 @@ def _mapped(path: Path) -> npt.NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise TreeError(f"{path}: {error.strerror or error}; {_REMEDY}") from error
+        raise BenchmarkError(f"{path}: {error.strerror or error}; {_REMEDY}") from error
     except ValueError as error:
-        raise TreeError(f"{path} is no array file ({error}); {_REMEDY}") from error
+        raise BenchmarkError(f"{path} is no array file ({error}); {_REMEDY}") from error
 
 
 def _moved(path: str, folder: str, other: str) -> str:
@@ -305,9 +302,9 @@ def _json(path: Path) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TreeError(f"{path}: {error.strerror}; {_REMEDY}") from error
+        raise BenchmarkError(f"{path}: {error.strerror}; {_REMEDY}") from error
     except ValueError as error:
-        raise TreeError(f"{path} is no JSON ({error}); {_REMEDY}") from error
+        raise BenchmarkError(f"{path} is no JSON ({error}); {_REMEDY}") from error
     if not isinstance(found, list):
-        raise TreeError(f"{path} is no list; {_REMEDY}")
+        raise BenchmarkError(f"{path} is no list; {_REMEDY}")
     return found

@@ -33,10 +33,11 @@ from headwater.attribution import (
     image_rows,
     journey_rows,
     kept,
-    label_free_damping,
     seeded_noise,
     slider_rows,
 )
+from headwater.benchmarks.errors import BenchmarkError
+from headwater.queries import Asking
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
@@ -183,7 +184,7 @@ class Answers:
     weights: Tensor  # [N] factor of each row's score
     rows: Tensor  # [Q, S, dim] a query row for each question and seed
     curvature: Curvature
-    damping: float  # chosen without labels, in units of the rows' mean squared length
+    damping: float  # label-free, in units of the rows' mean squared length
     ingest_seconds: float
     query_seconds: float
 
@@ -216,20 +217,23 @@ def _positive(lengths: Tensor) -> Tensor:
     return lengths.where(lengths > 0, torch.inf)
 
 
-def answer(study: Study, configuration: Configuration) -> Answers:
-    """Compute rows, queries and curvature of one method; every derived choice is label-free."""
+def answer(
+    study: Study, configuration: Configuration, rows: tuple[Tensor, Tensor] | None = None
+) -> Answers:
+    """Compute rows, queries and curvature of one method; lambda is that of a query unasked.
+
+    `rows` are features and weights of the corpus where they are known already.
+    """
     engine = Engine(study.model, configuration.recipe)
     started = time.perf_counter()
-    features, weights = corpus_rows(engine, study.corpus, study.batch)
+    features, weights = rows or corpus_rows(engine, study.corpus, study.batch)
     ingest_seconds = time.perf_counter() - started
     curvature = curvature_of(features)
     started = time.perf_counter()
     rows = query_rows(study, engine, configuration.query)
     float(rows.sum())  # waits for the device
     query_seconds = time.perf_counter() - started
-    damping = 1.0
-    if configuration.preconditioning == "query":
-        damping = label_free_damping(curvature, rows)
+    damping = Asking().damping
     return Answers(
         configuration, features, weights, rows, curvature, damping, ingest_seconds, query_seconds
     )
@@ -246,7 +250,7 @@ def corpus_rows(engine: Engine, corpus: Corpus, batch: int) -> tuple[Tensor, Ten
     features = torch.cat(rows)
     if not features.isfinite().all():
         bad = corpus.keys[int((~features.isfinite().all(dim=1)).nonzero()[0])]
-        raise ValueError(f"the row of {bad} is not finite; use another dtype or method")
+        raise BenchmarkError(f"the row of {bad} is not finite; use another dtype or method")
     return features, torch.cat(weights)
 
 
@@ -288,7 +292,7 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
-            raise ValueError(
+            raise BenchmarkError(
                 f"query {kind!r} is unknown; choose contrast, image, journey or slider"
             )
     return torch.cat(parts).view(-1, seeds, dim)

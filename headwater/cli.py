@@ -59,10 +59,12 @@ def main() -> None:
         QueryError,
         SourceError,
     )
+    from headwater.benchmarks.errors import BenchmarkError
 
     try:
         app()
     except (
+        BenchmarkError,
         ClusterError,
         DeviceError,
         IndexStoreError,
