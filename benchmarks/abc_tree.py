@@ -4,8 +4,8 @@ Everything is below one folder; what this reads of it:
 
     all_tasks.json              custom_diffusion/tasks/all_tasks.json of the repository
                                 PeterWang512/AttributeByUnlearning: a list of objects, one for each
-                                picture, with `synth_image_path`, `prompt`, `test_case`, `test_case_ind`,
-                                `model_path`, `train_prompt` (20 models x 20 pictures)
+                                picture (20 models x 20), with `synth_image_path`, `prompt`,
+                                `test_case`, `test_case_ind`, `model_path`, `train_prompt`
     json/TEST_CASE.json         a list; of entry `test_case_ind` the paths under `exemplar`, which
                                 begin with `dataset/` for the tree's own folder
     exemplar/, synth/           the pictures
@@ -163,7 +163,9 @@ def read_tree(
             path, prompt = task["model_path"], task["prompt"]
             picture, caption = task["synth_image_path"], task["train_prompt"]
         except (KeyError, TypeError) as error:
-            raise BenchmarkError(f"{listed}: task {number} has no {error}; take the file anew") from None
+            raise BenchmarkError(
+                f"{listed}: task {number} has no {error}; take the file anew"
+            ) from None
         if case not in cases:
             cases[case] = _json(root / "json" / f"{case}.json")
         if not 0 <= place < len(cases[case]):
@@ -279,7 +281,9 @@ def _laion(root: Path, rows: int) -> Laion:
     }
     for name, count in held.items():
         if count < rows:
-            raise BenchmarkError(f"{root}/{name} holds {count} of {rows} rows; ask for fewer (--laion)")
+            raise BenchmarkError(
+                f"{root}/{name} holds {count} of {rows} rows; ask for fewer (--laion)"
+            )
     if rows < 1:
         raise BenchmarkError(f"--laion {rows} is not positive; the published runs take 100000")
     return Laion(latents, heard, captions)

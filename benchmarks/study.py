@@ -218,15 +218,15 @@ def _positive(lengths: Tensor) -> Tensor:
 
 
 def answer(
-    study: Study, configuration: Configuration, rows: tuple[Tensor, Tensor] | None = None
+    study: Study, configuration: Configuration, known: tuple[Tensor, Tensor] | None = None
 ) -> Answers:
     """Compute rows, queries and curvature of one method; lambda is that of a query unasked.
 
-    `rows` are features and weights of the corpus where they are known already.
+    `known` are features and weights of the corpus, where they need not be computed.
     """
     engine = Engine(study.model, configuration.recipe)
     started = time.perf_counter()
-    features, weights = rows or corpus_rows(engine, study.corpus, study.batch)
+    features, weights = known or corpus_rows(engine, study.corpus, study.batch)
     ingest_seconds = time.perf_counter() - started
     curvature = curvature_of(features)
     started = time.perf_counter()
