@@ -53,14 +53,15 @@ from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, latent_scores, measure
 from headwater.benchmarks.methods import chosen
 from headwater.benchmarks.study import (
-    Answers,
     Configuration,
     Corpus,
+    Ingested,
     Question,
     Say,
     Study,
     answer,
     corpus_rows,
+    curvature_of,
 )
 
 WEIGHTS = ("customised", "base")
@@ -165,12 +166,11 @@ def _one_model(
     study = _study(model, customised, exemplars, rows.laion, given, tree, seeds, rows.batch)
     teller = base if weights == "base" else model  # who tells of LAION
 
-    def answering(study: Study, configuration: Configuration) -> Answers:
-        mine = corpus_rows(Engine(model, configuration.recipe), exemplars, rows.batch)
-        theirs, seconds = rows.of(Engine(teller, configuration.recipe))
-        known = tuple(torch.cat([a, b.to(a)]) for a, b in zip(mine, theirs, strict=True))
-        found = answer(study, configuration, (known[0], known[1]))
-        return replace(found, ingest_seconds=seconds)
+    def ingest(engine: Engine, corpus: Corpus, batch: int) -> Ingested:
+        mine = corpus_rows(engine, exemplars, batch)
+        theirs, seconds = rows.of(Engine(teller, engine.recipe))
+        features, weights = (torch.cat([a, b.to(a)]) for a, b in zip(mine, theirs, strict=True))
+        return Ingested(features, weights, curvature_of(features), seconds)
 
     def latents(study: Study) -> npt.NDArray[np.float64]:
         blocks = [exemplars, *(rows.block(start) for start in rows.starts)]
@@ -187,6 +187,7 @@ def _one_model(
     make = partial(measure, study, say=say, baselines=baselines)
     tables = [_once(out / "done", identity | {"baselines": list(baselines)}, partial(make, ()))]
     for configuration in configurations:
+        answering = partial(answer, ingest=ingest)
         make = partial(measure, study, [configuration], say, baselines={}, answering=answering)
         tables.append(_once(out / "done", identity | asdict(configuration), make))
     if weights == "customised":
