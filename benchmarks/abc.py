@@ -40,7 +40,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from headwater.attribution import Engine, Model, feature_space, feature_space_id, quiet_libraries
+from headwater.attribution import (
+    Engine,
+    Model,
+    Recipe,
+    feature_space,
+    feature_space_id,
+    quiet_libraries,
+    resolved,
+)
 from headwater.benchmarks import record
 from headwater.benchmarks.abc_tree import (
     Customised,
@@ -191,7 +199,8 @@ def _one_model(
         make = partial(measure, study, [configuration], say, baselines={}, answering=answering)
         tables.append(_once(out / "done", identity | asdict(configuration), make))
     if weights == "customised":
-        rows.forget()
+        for configuration in configurations:
+            rows.forget(configuration.recipe, model)
     return pa.concat_tables(tables)
 
 
@@ -236,12 +245,12 @@ class _RowStore:
 
     def of(self, engine: Engine) -> tuple[tuple[Tensor, Tensor], float]:
         """Features [N, dim] and weights [N], and the seconds that they took when they were made."""
-        space = feature_space_id(feature_space(engine.recipe, engine.model.fingerprint))
+        folder = self._folder(engine.recipe, engine.model)
         features = torch.empty(len(self.laion), engine.projector.dim)
         weights, seconds = torch.empty(len(self.laion)), 0.0
         for start in self.starts:
             stop = min(start + _BLOCK, len(self.laion))
-            path = self.folder / f"{space}-{self.digest}" / f"rows-{start:08d}-{stop:08d}.npz"
+            path = folder / f"rows-{start:08d}-{stop:08d}.npz"
             if not path.is_file():
                 self._make(engine, start, path)
             with np.load(path, allow_pickle=False) as held:
@@ -256,10 +265,15 @@ class _RowStore:
         keys = tuple(f"laion/{i}" for i in range(start, stop))
         return Corpus(self.laion.x_0(start, stop), self.laion.captions[start:stop], keys)
 
-    def forget(self) -> None:
-        """Remove all rows: no other model can use them."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+    def forget(self, recipe: Recipe, model: Model) -> None:
+        """Remove the rows of a model that nobody will ask for again."""
+        folder = self._folder(recipe, model)
+        if folder.exists():
+            shutil.rmtree(folder)
+
+    def _folder(self, recipe: Recipe, model: Model) -> Path:
+        space = feature_space_id(feature_space(resolved(recipe, model), model.fingerprint))
+        return self.folder / f"{space}-{self.digest}"
 
     def _make(self, engine: Engine, start: int, path: Path) -> None:
         began = time.perf_counter()

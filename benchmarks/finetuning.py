@@ -288,6 +288,8 @@ def _check_captions(pipeline: Any, pictures: Pictures, places: Tensor, *, new: b
     fresh = set(places.tolist())
     for caption, ids in zip(captions, heard, strict=True):
         if new and fresh.isdisjoint(ids):
-            raise ModelError(f"caption {caption!r} of an exemplar names none of the new words")
+            raise ModelError(
+                f"caption {caption!r} of an exemplar names no new word in its first {length} tokens"
+            )
         if not new and not fresh.isdisjoint(ids):
             raise ModelError(f"caption {caption!r} of a prior picture names a new word")

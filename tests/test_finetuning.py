@@ -180,7 +180,7 @@ def test_what_cannot_be_taught_is_refused(base: Model, exemplars: Pictures) -> N
         textual_inversion(base, exemplars, {"<one>": "zebra"}, tuning)
     with pytest.raises(ModelError, match="cannot begin as 'red cat'"):
         textual_inversion(base, exemplars, {"<one>": "red cat"}, tuning)
-    with pytest.raises(ModelError, match="'a cat' of an exemplar names none"):
+    with pytest.raises(ModelError, match="'a cat' of an exemplar names no new word"):
         textual_inversion(base, pictures(["a cat"], 0), WORDS, tuning)
     with pytest.raises(ModelError, match="'a <two>' of a prior picture names a new word"):
         custom_diffusion(base, exemplars, pictures(["a <two>"], 0), WORDS, tuning)
