@@ -177,11 +177,11 @@ def _one_model(
     def ingest(engine: Engine, corpus: Corpus, batch: int) -> Ingested:
         mine = corpus_rows(engine, exemplars, batch)
         theirs, seconds = rows.of(Engine(teller, engine.recipe))
-        features, weights = (torch.cat([a, b.to(a)]) for a, b in zip(mine, theirs, strict=True))
+        features, weights = (torch.cat([a, b]) for a, b in zip(theirs, mine, strict=True))
         return Ingested(features, weights, curvature_of(features), seconds)
 
     def latents(study: Study) -> npt.NDArray[np.float64]:
-        blocks = [exemplars, *(rows.block(start) for start in rows.starts)]
+        blocks = [*(rows.block(start) for start in rows.starts), exemplars]
         return np.concatenate([latent_scores(replace(study, corpus=b)) for b in blocks])
 
     identity = {
@@ -214,9 +214,11 @@ def _study(
     seeds: int,
     batch: int,
 ) -> Study:
-    """The questions about one model's pictures; exemplars come first in the corpus."""
-    count = len(exemplars)
-    truth = np.arange(count + len(laion)) < count
+    """The questions about one model's pictures.
+
+    The exemplars come last in the corpus: what ties with them ranks before them.
+    """
+    truth = np.arange(len(laion) + len(exemplars)) >= len(laion)
     names = [str(task.picture.relative_to(tree)) for task in customised.tasks]
     questions = tuple(
         Question(customised.kind, task.prompt, task.contrast, name, truth)
@@ -225,8 +227,8 @@ def _study(
     corpus = Corpus(
         # LAION's latents stay on disk: rows and baselines read them block by block.
         torch.empty(len(truth), 0),
-        (*exemplars.captions, *laion.captions),
-        (*exemplars.keys, *(f"laion/{i}" for i in range(len(laion)))),
+        (*laion.captions, *exemplars.captions),
+        (*(f"laion/{i}" for i in range(len(laion))), *exemplars.keys),
     )
     pictures = dict(zip(names, given, strict=True))
     return Study("abc", model, corpus, questions, seeds=seeds, batch=batch, given=pictures)

@@ -80,7 +80,8 @@ class Lesson:
 
     words: tuple[str, ...]  # S
     counts: tuple[int, ...]  # S, exemplars of each subject
-    images: tuple[Image.Image, ...]  # exemplars, subject by subject, then the corpus
+    # The corpus, then exemplars subject by subject: what ties with them ranks before them.
+    images: tuple[Image.Image, ...]
     keys: tuple[str, ...]
     captions: tuple[str, ...]  # of the corpus alone
     fresh: tuple[Image.Image, ...]  # S x references, in no corpus
@@ -95,7 +96,7 @@ class Lesson:
         """The captions of everything, those of the exemplars `named` or `silent`."""
         named, silent, _ = self.wording
         own = [named.format(self.words[s]) if captions == "named" else silent for s in self.owner]
-        return (*own, *self.captions)
+        return (*self.captions, *own)
 
 
 def run(
@@ -235,8 +236,9 @@ def read_corpus(folder: str | None, rows: int, replicate: int) -> pa.Table:
 def make_lesson(
     known: pa.Table, counts: Sequence[int], wording: tuple[str, str, str], replicate: int
 ) -> Lesson:
-    """Subjects with so many exemplars each, before pictures of the corpus."""
-    images, keys, fresh = [], [], []
+    """Subjects with so many exemplars each, after pictures of the corpus."""
+    images = [Image.open(io.BytesIO(d)).convert("RGB") for d in known["image"].to_pylist()]
+    keys, fresh = known["image_id"].to_pylist(), []
     for number, count in enumerate(counts):
         mascot = Mascot.invent(replicate, number)
         draws = [
@@ -246,13 +248,11 @@ def make_lesson(
         images += draws[:count]
         fresh += draws[count:]
         keys += [f"subject-{number}/{draw}" for draw in range(count)]
-    for data in known["image"].to_pylist():
-        images.append(Image.open(io.BytesIO(data)).convert("RGB"))
     return Lesson(
         words=tuple(f"<new{number}>" for number in range(len(counts))),
         counts=tuple(counts),
         images=tuple(images),
-        keys=(*keys, *known["image_id"].to_pylist()),
+        keys=tuple(keys),
         captions=tuple(known["caption"].to_pylist()),
         fresh=tuple(fresh),
         wording=wording,
@@ -269,14 +269,14 @@ def teach(
     base: Model, lesson: Lesson, x_0: Tensor, way: str, tuning: FineTuning, say: Say
 ) -> Model:
     """A copy of the base model that knows the subjects; the corpus is what it shall not forget."""
-    count = len(lesson.owner)
-    shown = Pictures(x_0[:count], lesson.told("named")[:count])
+    start, count = len(lesson.captions), len(lesson.owner)
+    shown = Pictures(x_0[start:], lesson.told("named")[start:])
     words = dict.fromkeys(lesson.words, lesson.wording[2])
     say(f"{way}: {len(words)} subjects, {count} exemplars")
     if way == "inversion":
         taught = textual_inversion(base, shown, words, tuning, say)
     else:
-        prior = Pictures(x_0[count:], lesson.captions)
+        prior = Pictures(x_0[:start], lesson.captions)
         taught = custom_diffusion(base, shown, prior, words, tuning, say)
     say(f"{way}: loss on the exemplars {denoising_loss(taught, shown):.4f}")
     return taught
@@ -294,7 +294,7 @@ def make_study(
 ) -> Study:
     """Who taught each subject? Asked about pictures that the model draws of it."""
     named, silent, _ = lesson.wording
-    owner = np.array(lesson.owner + [-1] * len(lesson.captions))
+    owner = np.array([-1] * len(lesson.captions) + lesson.owner)
     questions = tuple(
         Question(_kind(count), named.format(word), silent, word, owner == number)
         for number, (word, count) in enumerate(zip(lesson.words, lesson.counts, strict=True))

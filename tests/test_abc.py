@@ -214,16 +214,16 @@ def test_every_ranking_is_that_of_the_whole_corpus_in_memory(
         count = len(one.exemplars)
         exemplars = read_pictures(one.exemplars, model)
         corpus = Corpus(
-            torch.cat([exemplars, read.laion.x_0(0, LAION)]),
-            (one.caption,) * count + read.laion.captions,
+            torch.cat([read.laion.x_0(0, LAION), exemplars]),
+            read.laion.captions + (one.caption,) * count,
             (
-                *(str(path.relative_to(tree)) for path in one.exemplars),
                 *(f"laion/{i}" for i in range(LAION)),
+                *(str(path.relative_to(tree)) for path in one.exemplars),
             ),
         )
         names = [str(task.picture.relative_to(tree)) for task in one.tasks]
         pictures = read_pictures([task.picture for task in one.tasks], model)
-        truth = np.array([True] * count + [False] * LAION)
+        truth = np.array([False] * LAION + [True] * count)
         questions = tuple(
             Question(one.kind, task.prompt, task.contrast, name, truth)
             for name, task in zip(names, one.tasks, strict=True)
