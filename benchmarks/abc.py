@@ -280,12 +280,12 @@ class _RowStore:
     def _make(self, engine: Engine, start: int, path: Path) -> None:
         began = time.perf_counter()
         features, weights = corpus_rows(engine, self.block(start), self.batch)
-        arrays = {"features": features.cpu().numpy(), "weights": weights.cpu().numpy()}
+        held = features.cpu().numpy(), weights.cpu().numpy()
         seconds = time.perf_counter() - began
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".partial")
         with unfinished.open("wb") as file:
-            np.savez(file, seconds=seconds, **arrays)
+            np.savez(file, features=held[0], weights=held[1], seconds=seconds)
         os.replace(unfinished, path)
         self.say(f"rows {start} to {start + len(features)} of {len(self.laion)}: {seconds:.1f} s")
 

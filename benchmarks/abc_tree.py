@@ -291,7 +291,8 @@ def _laion(root: Path, rows: int) -> Laion:
 
 def _mapped(path: Path) -> npt.NDArray[Any]:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return mapped
     except OSError as error:
         raise BenchmarkError(f"{path}: {error.strerror or error}; {_REMEDY}") from error
     except ValueError as error:
