@@ -43,7 +43,7 @@ from .rewards import (
     reward_rows,
     slider_rows,
 )
-from .trajectory import ddim_grid, generation_path, kept, seeded_noise
+from .trajectory import ddim_grid, generation_path, kept, seeded_noise, stretch
 
 __all__ = [
     "METHODS",
@@ -78,4 +78,5 @@ __all__ = [
     "reward_rows",
     "seeded_noise",
     "slider_rows",
+    "stretch",
 ]

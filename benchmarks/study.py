@@ -35,6 +35,7 @@ from headwater.attribution import (
     kept,
     seeded_noise,
     slider_rows,
+    stretch,
 )
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.queries import Asking
@@ -117,7 +118,7 @@ class Study:
     replicate: int = 0  # seed of the training that made the model
     steps: int = 50  # DDIM steps of a drawn picture
     guidance: float = 7.5  # of a drawn picture
-    _drawings: dict[int, Drawn] = field(default_factory=dict, repr=False, compare=False)
+    _drawings: dict[tuple[int, str], Drawn] = field(default_factory=dict, repr=False, compare=False)
     _ingested: dict[Recipe, Ingested] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -135,11 +136,11 @@ class Study:
         """What names the noise of each picture, [P]."""
         return [f"{picture}#{seed}" for picture, _ in self.asked for seed in range(self.seeds)]
 
-    def drawn(self, count: int = 10) -> Drawn:
+    def drawn(self, count: int = Recipe.timesteps, levels: str = Recipe.levels) -> Drawn:
         """The pictures, drawn at the first call, with `count` noise levels of their paths."""
-        if count not in self._drawings:
-            self._drawings[count] = self._draw(count)
-        return self._drawings[count]
+        if (count, levels) not in self._drawings:
+            self._drawings[count, levels] = self._draw(count, levels)
+        return self._drawings[count, levels]
 
     @cached_property
     def pictures(self) -> Tensor:
@@ -149,9 +150,10 @@ class Study:
         chosen = [self.given[picture] for picture, _ in self.asked for _ in range(self.seeds)]
         return torch.stack(chosen).to(self.model.device)
 
-    def _draw(self, count: int) -> Drawn:
+    def _draw(self, count: int, within: str) -> Drawn:
         grid = ddim_grid(self.model, self.steps)
-        levels = kept(grid, min(count, self.steps))
+        part = stretch(grid, within)
+        levels = kept(part, min(count, len(part)))
         shape = self.model.sample_shape
         clean, visited = [], []
         for start in range(0, len(self.keys), self.batch):
@@ -179,7 +181,7 @@ class Study:
         x_0 = self.pictures[list(chosen)]
         if self.given:
             return list(engine.points(x_0, prompts, keys))
-        drawn = self.drawn(engine.recipe.timesteps)
+        drawn = self.drawn(engine.recipe.timesteps, engine.recipe.levels)
         states, null = engine.states(prompts)
         points = []
         for level, x_t in zip(drawn.levels, drawn.x_t[:, list(chosen)], strict=True):
