@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.finetuning import FineTuning, Pictures, custom_diffusion
 from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.methods import chosen, configurations
-from headwater.benchmarks.study import Corpus, Question, Study
+from headwater.benchmarks.study import Configuration, Corpus, Question, Study
 from headwater.queries.gradients import to_images
 
 LAION = 12
@@ -42,6 +43,12 @@ CASES = {  # model -> test case, its place there, training prompt, prompts, exem
     ),
 }
 METHODS = ("d-trak", "headwater")
+
+
+def quick(names: Sequence[str]) -> list[Configuration]:
+    """The methods at few noise levels and in few dimensions."""
+    few = {"timesteps": 2, "steps": 4, "dim": 64}
+    return [replace(c, recipe=replace(c.recipe, **few)) for c in chosen(names)]
 
 
 @pytest.fixture(scope="session")
@@ -191,8 +198,9 @@ def rankings(table: pa.Table) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record's curves are tested with the record; they would take most of the time here."""
+def in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick methods, and no curves, which are tested with the record."""
+    monkeypatch.setattr(abc, "chosen", quick)
     for name in ("plot_lambda", "plot_cost"):
         monkeypatch.setattr(record, name, lambda *args: None)
 
@@ -232,7 +240,7 @@ def test_every_ranking_is_that_of_the_whole_corpus_in_memory(
         study = Study("abc", model, corpus, questions, seeds=2, batch=16, given=given)
         for baseline, of in BASELINES.items():
             expected += rankings(measure(study, (), lambda _: None, baselines={baseline: of}))
-        expected += rankings(measure(study, chosen(METHODS), lambda _: None, baselines={}))
+        expected += rankings(measure(study, quick(METHODS), lambda _: None, baselines={}))
     found = rankings(table)
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from headwater.benchmarks.abc_mini import (
 )
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.finetuning import FineTuning
-from headwater.benchmarks.methods import configurations
-from headwater.benchmarks.study import Study
+from headwater.benchmarks.methods import chosen, configurations
+from headwater.benchmarks.study import Configuration, Study
 from headwater.benchmarks.subjects import Mascot
 from headwater.demo.run import demo_model
 
@@ -74,6 +76,9 @@ def test_a_lesson_holds_exemplars_after_the_corpus(known: pa.Table) -> None:
     assert lesson.told("named")[10:] == ("a <new0>", "a <new0>", "a <new1>")
     assert lesson.told("silent")[10:] == ("a drawing",) * 3
     assert lesson.told("named")[:10] == lesson.told("silent")[:10] == lesson.captions
+    wrong = lesson.told("wrong")
+    assert set(wrong[10:]) <= set(lesson.captions)
+    assert (len(wrong), wrong[:10]) == (13, lesson.captions)
     drawn = Mascot.invent(0, 1).draw(np.random.default_rng([0, 1, 0]))
     assert lesson.images[12].tobytes() == drawn.tobytes()
     taught_with = {image.tobytes() for image in lesson.images}
@@ -129,17 +134,24 @@ def test_the_two_ways_of_teaching(base: Model, known: pa.Table) -> None:
 def run(out: Path, **settings: Any) -> pa.Table:
     small = {
         "rows": 12, "subjects": 1, "exemplars": (1, 2), "steps": 2, "teach_batch": 2, "seeds": 1,
-        "batch": 16, "methods": ("headwater",), "pictured": 2, "device": "cpu",
+        "batch": 16, "captions": ("named", "silent"), "methods": ("headwater",), "pictured": 2,
+        "device": "cpu",
     }  # fmt: skip
     return abc_mini.run(out, **{"say": lambda _: None, **small, **settings})
 
 
 def test_a_small_run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"timesteps": 2, "steps": 4, "dim": 64}
+
+    def quick(names: Sequence[str]) -> list[Configuration]:
+        return [replace(c, recipe=replace(c.recipe, **few)) for c in chosen(names)]
+
+    monkeypatch.setattr(abc_mini, "chosen", quick)
     for name in ("plot_lambda", "plot_cost"):  # tested with the record, and slow
         monkeypatch.setattr(record, name, lambda *args: None)
     said: list[str] = []
     table = run(tmp_path, model=str(model_folder), say=said.append)
-    studies = [f"{way}, {told}" for way in abc_mini.WAYS for told in abc_mini.CAPTIONS]
+    studies = [f"{way}, {told}" for way in abc_mini.WAYS for told in ("named", "silent")]
     assert list(dict.fromkeys(table["study"].to_pylist())) == studies
     for study in studies:
         folder = tmp_path / study.replace(", ", "-")
@@ -168,7 +180,7 @@ def test_a_small_run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     ("settings", "message"),
     [
         ({"ways": ("lora",)}, "ways .*lora.*: choose among inversion, cross-attention"),
-        ({"captions": ()}, r"captions \[\]: choose among named, silent"),
+        ({"captions": ()}, r"captions \[\]: choose among named, wrong, silent"),
         ({"subjects": 0}, "subjects 0 is not positive"),
         ({"exemplars": (4, 0)}, "from 1 up"),
         ({"wording": ("a {}",)}, "with, without, known word"),

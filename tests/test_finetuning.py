@@ -113,7 +113,7 @@ def test_prior_pictures_keep_what_was_known(
     base: Model, exemplars: Pictures, prior: Pictures
 ) -> None:
     def forgotten(weight: float) -> float:
-        tuning = FineTuning(steps=40, batch=8, weight_rate=0.01, prior_weight=weight)
+        tuning = FineTuning(steps=20, batch=8, weight_rate=0.01, prior_weight=weight)
         return denoising_loss(custom_diffusion(base, exemplars, prior, WORDS, tuning), prior)
 
     assert forgotten(1.0) < forgotten(0.0)
