@@ -53,6 +53,7 @@ from headwater.benchmarks import record
 from headwater.benchmarks.abc_tree import (
     Customised,
     Laion,
+    check_files,
     customise,
     read_pictures,
     read_tree,
@@ -136,15 +137,14 @@ def run(
     asked = read_tree(tree, tasks=tasks, laion=laion, folders=(folders[0], folders[1]))
     base = Model.from_pretrained(model, device=device, dtype=dtype)
     asked.laion.check(base)
+    wanted = _first(asked.customised, models, pictures)
+    for customised in wanted:  # what is missing is told now, not after hours
+        check_files(customised, weights=weights == "customised")
     rows = _RowStore(out / "rows", asked.laion, batch, say)
-    tables = []
-    for customised in _first(asked.customised, models):
-        if pictures:
-            customised = replace(customised, tasks=customised.tasks[:pictures])
-        tables.append(
-            _one_model(out, Path(tree), base, customised, configurations, rows, weights, seeds, say)
-        )
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables(
+        _one_model(out, Path(tree), base, customised, configurations, rows, weights, seeds, say)
+        for customised in wanted
+    )
     kinds = dict.fromkeys(table["concept"].to_pylist(), "recall_at_10")
     intro = _intro(table, weights, laion)
     record.write(out, "abc", settings, table, kinds, intro=intro, device=str(base.device))
@@ -184,11 +184,13 @@ def _one_model(
         blocks = [*(rows.block(start) for start in rows.starts), exemplars]
         return np.concatenate([latent_scores(replace(study, corpus=b)) for b in blocks])
 
+    shown = torch.cat([given, exemplars.x_0])
     identity = {
         "model": [model.fingerprint, teller.fingerprint, str(model.dtype)],
         "laion": rows.digest,
         "exemplars": [customised.caption, *exemplars.keys],
         "questions": [[q.picture, q.prompt, q.contrast] for q in study.questions],
+        "pictures": hashlib.sha256(shown.cpu().numpy().tobytes()).hexdigest(),
         "seeds": seeds,
     }
     baselines = BASELINES | {"nearest latents": latents}
@@ -197,7 +199,9 @@ def _one_model(
     for configuration in configurations:
         answering = partial(answer, ingest=ingest)
         make = partial(measure, study, [configuration], say, baselines={}, answering=answering)
-        tables.append(_once(out / "done", identity | asdict(configuration), make))
+        space = feature_space(resolved(configuration.recipe, model), model.fingerprint)
+        asked = identity | {"space": space, "configuration": asdict(configuration)}
+        tables.append(_once(out / "done", asked, make))
     if weights == "customised":
         for configuration in configurations:
             rows.forget(configuration.recipe, model)
@@ -302,12 +306,12 @@ def _once(folder: Path, identity: dict[str, Any], make: Callable[[], pa.Table]) 
     return pq.read_table(path)
 
 
-def _first(customised: Sequence[Customised], count: int) -> list[Customised]:
-    """The first so many models of each kind; 0: all of them."""
+def _first(customised: Sequence[Customised], models: int, pictures: int) -> list[Customised]:
+    """The first so many models of each kind, with the first so many pictures; 0: all of them."""
     kept: list[Customised] = []
     for one in customised:
-        if not count or sum(other.kind == one.kind for other in kept) < count:
-            kept.append(one)
+        if not models or sum(other.kind == one.kind for other in kept) < models:
+            kept.append(replace(one, tasks=one.tasks[: pictures or None]))
     return kept
 
 

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -54,7 +53,7 @@ from headwater.benchmarks.finetuning import (
 from headwater.benchmarks.measure import measure
 from headwater.benchmarks.methods import chosen
 from headwater.benchmarks.study import Corpus, Question, Say, Study
-from headwater.benchmarks.subjects import Mascot
+from headwater.benchmarks.subjects import Mascot, colours
 from headwater.demo.corpus import make_corpus
 from headwater.demo.run import demo_model
 from headwater.queries.gradients import to_images
@@ -77,7 +76,6 @@ SMALL: dict[str, Any] = {
     "methods": ["d-trak", "headwater"],
 }
 _REFERENCES = 8  # fresh draws of each subject that its pictures are compared with
-_LEVELS = 4  # of each channel of a colour
 
 
 @dataclass(frozen=True)
@@ -191,8 +189,7 @@ def run(
         x_0 = encoded(base, lesson.images)
         tuning = FineTuning(steps, teach_batch, token_rate, weight_rate, seed=replicate)
         for way in ways:
-            taught = teach(base, lesson, x_0, way, tuning, say)
-            pipeline = taught.family.pipeline
+            pipeline = teach(base, lesson, x_0, way, tuning, say).family.pipeline
             taught = Model.from_pipeline(pipeline, device=str(base.device), dtype=dtype)
             for told in captions:
                 study = make_study(
@@ -214,10 +211,10 @@ def run(
     for name in dict.fromkeys(whole["study"].to_pylist()):
         mine = whole.filter(pc.equal(whole["study"], name))
         intro = _intro(name, len(counts), recognition)
+        where = str(base.device)
         record.write(
-            out / _folder(name), "abc-mini", settings, mine, metrics, intro=intro,
-            device=str(base.device),
-        )  # fmt: skip
+            out / _folder(name), "abc-mini", settings, mine, metrics, intro=intro, device=where
+        )
     (out / "abc-mini.md").write_text(_overview(whole, recognition))
     return whole
 
@@ -236,9 +233,7 @@ def read_corpus(folder: str | None, rows: int, replicate: int) -> pa.Table:
             raise BenchmarkError(f"{folder} holds no train.parquet; give the corpus's folder")
         table = pq.read_table(path, columns=["image_id", "image", "caption"])
     if rows > len(table):
-        raise BenchmarkError(
-            f"the corpus holds {len(table)} pictures of {rows}; ask for fewer rows"
-        )
+        raise BenchmarkError(f"the corpus holds {len(table)} pictures, not {rows}; set fewer rows")
     if rows:
         drawn = np.random.default_rng([3, replicate]).choice(len(table), rows, replace=False)
         table = table.take(np.sort(drawn))
@@ -323,18 +318,9 @@ def recognised(study: Study, fresh: Sequence[Image.Image]) -> float:
     """
     subjects = len(study.questions)
     drawn = np.stack([colours(image) for image in to_images(study.model, study.pictures)])
-    known = np.stack([colours(image) for image in fresh]).reshape(subjects, -1, _LEVELS**3).mean(1)
+    known = np.stack([colours(image) for image in fresh]).reshape(subjects, _REFERENCES, -1).mean(1)
     nearest = np.abs(drawn[:, None] - known[None]).sum(-1).argmin(1)
     return float((nearest == np.arange(subjects).repeat(study.seeds)).mean())
-
-
-def colours(image: Image.Image) -> npt.NDArray[np.float64]:
-    """How much of each of 64 colours a picture holds, but for the white ground; they sum to 1."""
-    pixels = np.asarray(image).reshape(-1, 3).astype(np.int64) * _LEVELS // 256
-    counts = np.bincount(pixels @ [_LEVELS**2, _LEVELS, 1], minlength=_LEVELS**3).astype(float)
-    counts[-1] = 0
-    shares: npt.NDArray[np.float64] = counts / max(counts.sum(), 1)
-    return shares
 
 
 def top_ten(

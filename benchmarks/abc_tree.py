@@ -195,6 +195,21 @@ def without_word(prompt: str) -> str:
     return " ".join(re.sub(r"<[^<>]+>", " ", prompt).split())
 
 
+def check_files(customised: Customised, *, weights: bool) -> None:
+    """Refuse a model of which a file is missing: a picture, its embedding or, if used, its weights.
+
+    Raises:
+        BenchmarkError: names the file.
+    """
+    needed = [*customised.exemplars, *(task.picture for task in customised.tasks)]
+    needed.append(_embedding(customised))
+    if weights:
+        needed.append(customised.folder / WEIGHTS)
+    for path in needed:
+        if not path.is_file():
+            raise BenchmarkError(f"{path} is missing; {_REMEDY}")
+
+
 def read_pictures(paths: Sequence[Path], model: Model) -> Tensor:
     """Picture files as the model sees them, their centres: x_0 [N, C, h, w].
 
@@ -221,19 +236,20 @@ def customise(base: Model, customised: Customised, *, weights: bool) -> Model:
         BenchmarkError: a file that is missing, damaged or made for another model.
     """
     pipeline = copy.deepcopy(base.family.pipeline)
-    paths = [customised.folder / name for name in EMBEDDINGS]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    path = _embedding(customised)
     try:
         add_words(pipeline, _tensors(path))
     except ModelError as error:
         raise BenchmarkError(f"{path}: {error}") from error
     if weights:
         _put_weights(pipeline.unet, customised.folder / WEIGHTS)
-    name = next(n for n, d in _DTYPES.items() if d is base.dtype)
-    return Model.from_pipeline(pipeline, device=str(base.device), dtype=name)
+    dtype = str(base.dtype).removeprefix("torch.")
+    return Model.from_pipeline(pipeline, device=str(base.device), dtype=dtype)
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+def _embedding(customised: Customised) -> Path:
+    paths = [customised.folder / name for name in EMBEDDINGS]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _put_weights(unet: Any, path: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 # Drawn this much larger, then averaged down: PIL's own polygons have hard, uneven edges.
 _SUPERSAMPLE = 4
 _INK = (24, 22, 28)
+_LEVELS = 4  # of each channel of a colour that `colours` tells apart
 Colour = tuple[int, int, int]
 
 
@@ -106,6 +107,15 @@ class Mascot:
             box = np.array([[-half, height], [half, height], [half, height + 0.14]])
             bars.append(np.concatenate([box, [[-half, height + 0.14]]]) * reach)
         return bars
+
+
+def colours(image: Image.Image) -> npt.NDArray[np.float64]:
+    """How much of each of 64 colours a picture holds, but for the white ground; they sum to 1."""
+    pixels = np.asarray(image).reshape(-1, 3).astype(np.int64) * _LEVELS // 256
+    counts = np.bincount(pixels @ [_LEVELS**2, _LEVELS, 1], minlength=_LEVELS**3).astype(float)
+    counts[-1] = 0
+    shares: npt.NDArray[np.float64] = counts / max(counts.sum(), 1)
+    return shares
 
 
 def _circle(radius: float) -> npt.NDArray[np.float64]:

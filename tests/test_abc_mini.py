@@ -20,7 +20,6 @@ from headwater.attribution import Model
 from headwater.benchmarks import abc_mini, record
 from headwater.benchmarks.abc_mini import (
     DEMO,
-    colours,
     encoded,
     make_lesson,
     make_study,
@@ -32,7 +31,7 @@ from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.finetuning import FineTuning
 from headwater.benchmarks.methods import chosen, configurations
 from headwater.benchmarks.study import Configuration, Study
-from headwater.benchmarks.subjects import Mascot
+from headwater.benchmarks.subjects import Mascot, colours
 from headwater.demo.run import demo_model
 from headwater.queries.gradients import to_images
 
@@ -121,7 +120,10 @@ def test_the_exemplars_of_a_subject_are_its_truth(study: Study) -> None:
     assert set(study.corpus.captions[10:]) == {"a drawing"}
 
 
-def test_pictures_are_recognised_by_their_colours(study: Study) -> None:
+def test_pictures_are_recognised_by_their_colours(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(abc_mini, "_REFERENCES", 2)
     first, second = (to_images(study.model, study.pictures[i : i + 1])[0] for i in (0, 2))
     other = Image.new("RGB", first.size, "yellow")
     assert recognised(study, [first, first, second, second]) == 1.0
@@ -193,7 +195,7 @@ def test_a_small_run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ({"exemplars": (4, 0)}, "from 1 up"),
         ({"wording": ("a {}",)}, "with, without, known word"),
         ({"methods": ("trac",)}, "method 'trac' is unknown"),
-        ({"rows": 10**6}, "ask for fewer rows"),
+        ({"rows": 10**6}, "set fewer rows"),
         ({"corpus": "nowhere"}, "nowhere holds no train.parquet"),
     ],
 )
