@@ -29,6 +29,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ from headwater.benchmarks.methods import chosen
 from headwater.benchmarks.study import Corpus, Question, Say, Study
 from headwater.benchmarks.subjects import Mascot, colours
 from headwater.demo.corpus import make_corpus
-from headwater.demo.run import demo_model
 from headwater.queries.gradients import to_images
 
 WAYS = ("inversion", "cross-attention")
@@ -340,11 +340,9 @@ def top_ten(
 
 
 def _base(folder: str | None, device: str) -> Model:
-    if folder is None:
-        return Model.from_pipeline(
-            demo_model(device).family.pipeline, device=device, dtype="float32"
-        )
-    return Model.from_pretrained(folder, device=device, dtype="float32")
+    """In float32, as it is to be trained."""
+    with as_file(files("headwater.demo") / "model") as demo:
+        return Model.from_pretrained(folder or demo, device=device, dtype="float32")
 
 
 def _kind(count: int) -> str:

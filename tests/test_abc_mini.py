@@ -95,7 +95,7 @@ def test_a_lesson_holds_exemplars_after_the_corpus(known: pa.Table) -> None:
 
 @pytest.fixture(scope="module")
 def base() -> Model:
-    return Model.from_pipeline(demo_model("cpu").family.pipeline, device="cpu", dtype="float32")
+    return demo_model("cpu")
 
 
 @pytest.fixture(scope="module")
