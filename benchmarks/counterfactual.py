@@ -30,9 +30,9 @@ from torch import Tensor
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
-from headwater.benchmarks.lds import methods_named
 from headwater.benchmarks.material import Pictures, base_model, drawings, emoji, evenly, joined
 from headwater.benchmarks.measure import BASELINES, answerable
+from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.presence import Sampling, losses, presence, probe_of
 from headwater.benchmarks.removal_record import CARRIERS, SCHEMA, write
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, train
@@ -152,7 +152,7 @@ def run(
             of concept; too few captions or unseen pictures to measure every label on.
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
-    named = methods_named(methods, Recipe(parameters=parameters, dim=dim))
+    named = methods_of(methods, Recipe(parameters=parameters, dim=dim))
     training = Training(tuple(widths), steps, batch, learning_rate)
     base = base_model(model, device)
     if corpus is None:

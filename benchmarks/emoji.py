@@ -28,7 +28,7 @@ from headwater.attribution import Model
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import measure
-from headwater.benchmarks.methods import configurations
+from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.study import Configuration, Corpus, Question, Say, Study
 from headwater.queries.gradients import to_images
 
@@ -110,11 +110,7 @@ def run(
 
 def named(methods: Sequence[str]) -> list[Configuration]:
     """The configurations of these names, ours first; all of them for none."""
-    known = configurations()
-    if unknown := sorted(set(methods) - known.keys()):
-        raise BenchmarkError(f"method {unknown[0]!r} is unknown; choose from {', '.join(known)}")
-    wanted = [name for name in known if not methods or name in methods]
-    return [known[name] for name in sorted(wanted, key=lambda name: name != OURS)]
+    return sorted(methods_of(methods), key=lambda configuration: configuration.name != OURS)
 
 
 def read(folder: Path, rows: int, pairs: int) -> tuple[pa.Table, list[dict[str, Any]]]:

@@ -32,7 +32,7 @@ from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material, Pictures, base_model, drawings, emoji, evenly
 from headwater.benchmarks.measure import BASELINES, DAMPINGS, answerable
-from headwater.benchmarks.methods import configurations
+from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.noised import Noised, heard, noised, predicted
 from headwater.benchmarks.ranks import spearman
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, text_states, train
@@ -135,7 +135,7 @@ def run(
     if subsets < 3:
         raise BenchmarkError(f"{subsets} subsets have no ranks to speak of; give 16 or more")
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
-    named = with_images(methods_named(methods, Recipe(parameters=parameters, dim=dim)))
+    named = with_images(methods_of(methods, Recipe(parameters=parameters, dim=dim)))
     base = base_model(model, device)
     if corpus is None:
         material = drawings(base, per_pair=per_pair, unseen=questions, pixels=pixels)
@@ -210,18 +210,6 @@ def random_halves(count: int, subsets: int) -> npt.NDArray[np.bool_]:
     for half in halves:
         half[generator.permutation(count)[: count // 2]] = True
     return halves
-
-
-def methods_named(names: Sequence[str], recipe: Recipe) -> list[Configuration]:
-    """The methods of these names; none: all.
-
-    Raises:
-        BenchmarkError: a name that the table of methods does not have.
-    """
-    known = configurations(recipe)
-    if unknown := sorted(set(names) - set(known)):
-        raise BenchmarkError(f"no method {', '.join(unknown)}; choose from {', '.join(known)}")
-    return [configuration for name, configuration in known.items() if not names or name in names]
 
 
 def with_images(methods: Sequence[Configuration]) -> list[Configuration]:

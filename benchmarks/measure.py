@@ -51,11 +51,13 @@ def measure(
     baselines: Mapping[str, Baseline] | None = None,
     dampings: Sequence[float] = DAMPINGS,
     seen: Callable[[Answers], object] = lambda answers: None,
+    answering: Callable[[Study, Configuration], Answers] = answer,
 ) -> pa.Table:
     """Every method and baseline on one study, by `SCHEMA`.
 
     Each method is measured at every damping and at the one that it chooses without labels.
-    `seen` is called with each method's answers, before they are let go.
+    `seen` is called with each method's answers, before they are let go. `answering` makes them,
+    where rows are not to be computed anew.
     """
     records: list[dict[str, Any]] = []
     for name, scores_of in (BASELINES if baselines is None else baselines).items():
@@ -63,7 +65,7 @@ def measure(
         records += _records(study, name, scores, {"label_free": True})
         say(_line(study, records[-len(study.questions) :]))
     for configuration in answerable(study, configurations, say):
-        answers = answer(study, configuration)
+        answers = answering(study, configuration)
         seen(answers)
         records += measured(study, answers, say, dampings)
     return pa.Table.from_pylist(records, schema=SCHEMA)

@@ -8,9 +8,11 @@ preconditioner and row weight differ between methods.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from headwater.attribution import Recipe
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.study import Configuration
 
 
@@ -146,3 +148,16 @@ def configurations(base: Recipe | None = None) -> dict[str, Configuration]:
         )
         for name, row in METHODS_TABLE.items()
     }
+
+
+def chosen(names: Sequence[str] = (), base: Recipe | None = None) -> list[Configuration]:
+    """The configurations of these names, in the order of the table; all of them for none.
+
+    Raises:
+        BenchmarkError: a name that is none.
+    """
+    known = configurations(base)
+    for name in names:
+        if name not in known:
+            raise BenchmarkError(f"method {name!r} is unknown; choose from {', '.join(known)}")
+    return [known[name] for name in known if name in names or not names]

@@ -99,6 +99,9 @@ class Ingested:
     seconds: float  # that the rows took
 
 
+Ingest = Callable[[Engine, Corpus, int], Ingested]  # of a corpus, so many images at a time
+
+
 @dataclass(frozen=True)
 class Study:
     """A corpus, the model that was trained on it, and questions.
@@ -235,12 +238,16 @@ def _positive(lengths: Tensor) -> Tensor:
     return lengths.where(lengths > 0, torch.inf)
 
 
-def answer(study: Study, configuration: Configuration) -> Answers:
-    """Compute rows, queries and curvature of one method; lambda is that of a query unasked."""
+def answer(study: Study, configuration: Configuration, ingest: Ingest | None = None) -> Answers:
+    """Compute rows, queries and curvature of one method; lambda is that of a query unasked.
+
+    `ingest` makes the corpus's rows, where they are not to be computed from `study.corpus`.
+    """
+    ingest = ingest or ingested
     engine = Engine(study.model, configuration.recipe)
     if configuration.recipe not in study._ingested:
         study._ingested.clear()  # methods of one recipe come one after another
-        study._ingested[configuration.recipe] = ingested(engine, study.corpus, study.batch)
+        study._ingested[configuration.recipe] = ingest(engine, study.corpus, study.batch)
     corpus = study._ingested[configuration.recipe]
     started = time.perf_counter()
     rows = query_rows(study, engine, configuration.query)

@@ -20,6 +20,7 @@ from headwater.attribution import Model, Recipe, seeded_noise
 from headwater.benchmarks import lds
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material
+from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.noised import noised
 from headwater.benchmarks.ranks import spearman
 from headwater.benchmarks.retraining import Job, Training, saved_model, small_unet, train
@@ -150,7 +151,7 @@ def test_scores_foresee_what_retraining_shows(trained: Trained) -> None:
     ]
     assert np.mean(own) > 0.6
     recipe = Recipe(dim=512, timesteps=5, steps=10)
-    methods = lds.with_images(lds.methods_named(["trak", "d-trak", "headwater"], recipe))
+    methods = lds.with_images(methods_of(["trak", "d-trak", "headwater"], recipe))
     utility = trained.utility.view(len(trained.utility), SUBSETS, 1)
     records = lds.scored(study, utility, trained.halves, methods, lambda _: None)
     means = {
@@ -169,15 +170,15 @@ def test_scores_foresee_what_retraining_shows(trained: Trained) -> None:
 
 
 def test_unknown_methods_are_refused_and_concepts_are_also_asked_as_images() -> None:
-    with pytest.raises(BenchmarkError, match="no method guess; choose from trak"):
-        lds.methods_named(["guess"], Recipe())
-    found = lds.with_images(lds.methods_named(["d-trak", "headwater"], Recipe()))
+    with pytest.raises(BenchmarkError, match="method 'guess' is unknown; choose from trak"):
+        methods_of(["guess"])
+    found = lds.with_images(methods_of(["d-trak", "headwater"]))
     assert [(m.name, m.query) for m in found] == [
         ("d-trak", "image"),
         ("headwater", "contrast"),
         ("headwater (image)", "image"),
     ]
-    assert len(lds.methods_named((), Recipe())) > 5
+    assert len(methods_of()) > 5
 
 
 def test_ours_is_set_against_d_trak() -> None:
