@@ -1,0 +1,56 @@
+"""The benchmark `synthetic` (Concept-TRAK's): triangles and circles, red and blue, no red triangle.
+
+A picture is 64 x 64 pixels of white with one shape of radius 10, outlined black 2 pixels wide, at
+a random place. A red triangle is never shown; the model draws one all the same, and is asked which
+training images taught it the shape and which the colour. No image carries both, so a ranking that
+ignores the concept is right for at most one half, averaged over the two questions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from headwater.benchmarks.worlds import World
+
+RADIUS, OUTLINE = 10.0, 2.0
+_SUPERSAMPLE = 4  # drawn this much larger, then averaged down: Pillow's edges are hard
+_FILL = {"red": (220, 30, 30), "blue": (30, 60, 220)}
+
+
+def render(values: Sequence[str], rng: np.random.Generator) -> Image.Image:
+    """A (shape, colour) at a random place, wholly inside the picture."""
+    shape, colour = values
+    side = 64 * _SUPERSAMPLE
+    x, y = rng.uniform(RADIUS + OUTLINE, 64 - RADIUS - OUTLINE, size=2)
+    image = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(image)
+    angles = [math.tau * i / 90 for i in range(90)] if shape == "circle" else _CORNERS
+    # The outline lies half outside; a triangle's sides move by half as much as its corners.
+    reach = OUTLINE / 2 if shape == "circle" else OUTLINE
+    for radius, fill in ((RADIUS + reach, (0, 0, 0)), (RADIUS - reach, _FILL[colour])):
+        points = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+        draw.polygon([(px * _SUPERSAMPLE, py * _SUPERSAMPLE) for px, py in points], fill=fill)
+    return image.resize((64, 64), Image.Resampling.BOX)
+
+
+_CORNERS = [math.radians(degrees) for degrees in (-90.0, 30.0, 150.0)]
+
+
+def caption(values: Sequence[str | None]) -> str:
+    """`a red triangle`, `a red shape` or `a triangle`: what is None is not said."""
+    shape, colour = values
+    return " ".join(["a", *([colour] if colour else []), shape or "shape"])
+
+
+WORLD = World(
+    name="synthetic",
+    attributes={"shape": ("circle", "triangle"), "colour": ("blue", "red")},
+    held_out=("triangle", "red"),
+    render=render,
+    caption=caption,
+    reduced=0.1,
+)
