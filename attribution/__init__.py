@@ -28,6 +28,7 @@ Knows no files and no index.
 
 from .batching import BatchChoice, choose_batch
 from .curvature import Curvature, Gram, dual_curvature
+from .damping import label_free_damping
 from .engine import Engine, Rows
 from .errors import ModelError
 from .execution import Execution
@@ -65,6 +66,7 @@ __all__ = [
     "generation_path",
     "image_rows",
     "kept",
+    "label_free_damping",
     "quiet_libraries",
     "resolved",
     "reward_rows",

@@ -1,0 +1,204 @@
+"""Puts a study to methods and baselines: one row for each method, question and damping.
+
+Every ranking of the corpus is measured by precision@10, recall@min(10, n) and average precision
+against the carriers of the question's concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import bm25s
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from headwater.benchmarks.study import Answers, Configuration, Say, Study, answer
+
+TOP = 10
+# lambda in units of the rows' mean squared length: half decades around the usual 1 to 10.
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+METRICS = ("precision_at_10", "recall_at_10", "average_precision")
+SCHEMA = pa.schema(
+    [
+        ("study", pa.string()),
+        ("replicate", pa.int64()),
+        ("method", pa.string()),
+        ("question", pa.int64()),
+        ("concept", pa.string()),
+        ("picture", pa.string()),
+        ("carriers", pa.int64()),
+        ("damping", pa.float64()),  # null: the method has none
+        ("label_free", pa.bool_()),  # the ranking that the method gives unasked
+        *((name, pa.float64()) for name in METRICS),
+        ("top", pa.list_(pa.string())),
+        ("ingest_seconds", pa.float64()),  # of the whole corpus; null for baselines
+        ("query_seconds", pa.float64()),  # of one question, without drawing its pictures
+    ]
+)
+
+Baseline = Callable[[Study], npt.NDArray[np.float64]]  # scores [N, Q]
+
+
+def measure(
+    study: Study,
+    configurations: Iterable[Configuration],
+    say: Say,
+    *,
+    baselines: Mapping[str, Baseline] | None = None,
+    dampings: Sequence[float] = DAMPINGS,
+    seen: Callable[[Answers], object] = lambda answers: None,
+) -> pa.Table:
+    """Every method and baseline on one study, by `SCHEMA`.
+
+    Each method is measured at every damping and at the one that it chooses without labels.
+    `seen` is called with each method's answers, before they are let go.
+    """
+    records: list[dict[str, Any]] = []
+    for name, scores_of in (BASELINES if baselines is None else baselines).items():
+        scores = torch.from_numpy(scores_of(study))
+        records += _records(study, name, scores, {"label_free": True})
+        say(_line(study, records[-len(study.questions) :]))
+    for configuration in configurations:
+        answers = answer(study, configuration)
+        seen(answers)
+        seconds = {
+            "ingest_seconds": answers.ingest_seconds,
+            "query_seconds": answers.query_seconds / len(study.questions),
+        }
+        for damping in _wanted(answers, dampings):
+            facts = seconds | {
+                "damping": damping,
+                "label_free": damping is None or damping == answers.damping,
+            }
+            records += _records(study, configuration.name, answers.scores(damping), facts)
+            if facts["label_free"]:
+                say(_line(study, records[-len(study.questions) :]))
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def _wanted(answers: Answers, dampings: Sequence[float]) -> list[float | None]:
+    if answers.configuration.preconditioning == "none":
+        return [None]
+    return [*sorted({*dampings, answers.damping})]
+
+
+def _line(study: Study, records: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for concept in dict.fromkeys(record["concept"] for record in records):
+        chosen = [r for r in records if r["concept"] == concept]
+        means = [np.nanmean([r[metric] for r in chosen]) for metric in METRICS]
+        parts.append(f"{concept} p@10 {means[0]:.3f} r@10 {means[1]:.3f} ap {means[2]:.3f}")
+    damping = records[0].get("damping")
+    told = "" if damping is None else f" (damping {damping:g})"
+    return f"{study.name} {records[0]['method']}{told}: {'; '.join(parts)}"
+
+
+def _records(
+    study: Study, method: str, scores: Tensor, facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    order = scores.argsort(dim=0, descending=True, stable=True).cpu().numpy()
+    found = []
+    for number, question in enumerate(study.questions):
+        ranked = question.truth[order[:, number]]
+        found.append(
+            {
+                "study": study.name,
+                "replicate": study.replicate,
+                "method": method,
+                "question": number,
+                "concept": question.concept,
+                "picture": question.picture,
+                "carriers": int(ranked.sum()),
+                **dict(zip(METRICS, ranking_metrics(ranked), strict=True)),
+                "top": [study.corpus.keys[i] for i in order[:TOP, number]],
+                **facts,
+            }
+        )
+    return found
+
+
+def ranking_metrics(ranked: npt.NDArray[np.bool_]) -> tuple[float, float, float]:
+    """precision@10, recall@min(10, n) and average precision of the truth in ranked order [N].
+
+    Without a carrier the last two are nan.
+    """
+    carriers, right = int(ranked.sum()), int(ranked[:TOP].sum())
+    precision = right / min(TOP, len(ranked))
+    if not carriers:
+        return precision, np.nan, np.nan
+    places = np.flatnonzero(ranked) + 1
+    average = float((np.arange(1, carriers + 1) / places).mean())
+    return precision, right / min(TOP, carriers), average
+
+
+def random_scores(study: Study) -> npt.NDArray[np.float64]:
+    """Chance: a seeded draw for each image and question."""
+    shape = (len(study.corpus), len(study.questions))
+    return np.random.default_rng([0, study.replicate]).random(shape)
+
+
+def caption_scores(study: Study) -> npt.NDArray[np.float64]:
+    """Caption search: BM25 of the words that the prompt has and the contrast has not."""
+    retriever = bm25s.BM25()
+    words = bm25s.tokenize(list(study.corpus.captions), stopwords=None, show_progress=False)
+    retriever.index(words, show_progress=False)
+    columns = []
+    for question in study.questions:
+        lacking = set(_words(question.contrast))
+        asked = [word for word in _words(question.prompt) if word not in lacking]
+        known = [word for word in asked if word in words.vocab]
+        columns.append(
+            retriever.get_scores(known).astype(np.float64) if known else np.zeros(len(study.corpus))
+        )
+    return np.stack(columns, 1)
+
+
+def _words(text: str) -> list[str]:
+    tokens = bm25s.tokenize([text], stopwords=None, show_progress=False, return_ids=False)
+    return list(tokens[0])
+
+
+@torch.no_grad()
+def latent_scores(study: Study) -> npt.NDArray[np.float64]:
+    """Nearest latents: cosine of an image with the question's pictures, averaged over them."""
+    pictures = torch.nn.functional.normalize(study.pictures.flatten(1), dim=1)
+    images = torch.nn.functional.normalize(study.corpus.x_0.flatten(1), dim=1)
+    means = pictures.view(len(study.asked), study.seeds, -1).mean(1)
+    place = {asked: i for i, asked in enumerate(study.asked)}
+    chosen = [place[q.picture, q.prompt] for q in study.questions]
+    return (images.to(means) @ means[chosen].mT).double().cpu().numpy()
+
+
+def ceiling_scores(study: Study) -> npt.NDArray[np.float64]:
+    """The best that one ranking per picture can do which does not know which concept is meant.
+
+    Carriers of more of the picture's concepts come first. Where no image carries two of them, and
+    each has ten carriers, the precisions at 10 of its k concepts sum to 1.
+    """
+    by_picture: dict[str, list[int]] = {}
+    for number, question in enumerate(study.questions):
+        by_picture.setdefault(question.picture, []).append(number)
+    scores = np.zeros((len(study.corpus), len(study.questions)))
+    for numbers in by_picture.values():
+        truth = np.stack([study.questions[i].truth for i in numbers], 1)
+        scores[:, numbers] = _shared_ranking(truth)[:, None]
+    return scores
+
+
+def _shared_ranking(truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    # A top 10 that serves several concepts: rarer ones have more to gain from an image each.
+    worth = 1.0 / np.minimum(TOP, np.maximum(truth.sum(0), 1))
+    total: npt.NDArray[np.float64] = truth @ worth
+    return total
+
+
+BASELINES: dict[str, Baseline] = {
+    "random": random_scores,
+    "caption search (BM25)": caption_scores,
+    "nearest latents": latent_scores,
+    "ceiling of one ranking": ceiling_scores,
+}

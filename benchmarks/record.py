@@ -1,0 +1,186 @@
+"""The record of a benchmark: its settings, every ranking, the table and the pictures.
+
+`write` leaves in a folder `config.json`, from which `headwater bench NAME --replay` runs it again;
+NAME.parquet, a line for each method, question and lambda; NAME.md; and NAME-lambda.png and
+NAME-cost.png.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageDraw
+
+from headwater.benchmarks.summary import Cell, curves, summarise
+
+CELL, GAP, LABEL = 96, 6, 30
+_READING = """
+Columns: *label-free* is the method's own lambda, chosen without labels, with a 95 % bootstrap
+interval (over training seeds where there are several, and over pictures); *disjoint* the one
+lambda that does best on the other half of the pictures; *best* the one that does best on these;
+*oracle* the best of each question, as the published code reports. Only the first is a claim.
+lambda is in units of the rows' mean squared length.
+"""
+
+
+def write(
+    out: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    table: pa.Table,
+    metrics: Mapping[str, str],
+    *,
+    intro: str,
+    device: str,
+) -> list[Cell]:
+    """Write the record of one run and return its cells.
+
+    Args:
+        out: folder, made if it is not there.
+        name: of the benchmark.
+        settings: everything that `run` was given, as JSON has it.
+        table: by `measure.SCHEMA`, of all replicates.
+        metrics: concept -> column that measures it.
+        intro: what was asked of what, in Markdown.
+        device: where it ran: `cuda`, `cpu`, ...
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    config = {"benchmark": name, "settings": dict(settings), **machine(device)}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    pq.write_table(table, out / f"{name}.parquet")
+    cells = summarise(table, metrics)
+    lines = [f"# {name}", "", intro.strip(), "", told(config), "", *markdown(cells, metrics)]
+    lines += [_READING, f"![lambda]({name}-lambda.png)", "", f"![cost]({name}-cost.png)"]
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    plot_lambda(table, cells, metrics, out / f"{name}-lambda.png")
+    plot_cost(table, cells, out / f"{name}-cost.png")
+    return cells
+
+
+def machine(device: str) -> dict[str, str]:
+    """Where, when and with what a run was made."""
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    return {
+        "machine": where,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["headwater", *sys.argv[1:]]),
+    }
+
+
+def told(config: Mapping[str, Any]) -> str:
+    """One sentence of `config.json`: command, settings, machine and date."""
+    settings = ", ".join(f"{key} {value}" for key, value in config["settings"].items())
+    return (
+        f"`{config['command']}` ({settings}) on {config['machine']}, torch {config['torch']}, "
+        f"{config['date']}."
+    )
+
+
+def markdown(cells: Sequence[Cell], metrics: Mapping[str, str]) -> list[str]:
+    """A table for each concept, best label-free mean first."""
+    lines = []
+    for concept, metric in metrics.items():
+        of = sorted((c for c in cells if c.concept == concept), key=lambda c: -c.label_free)
+        lines += [
+            f"## {concept}: {metric.replace('_at_', '@').replace('_', ' ')}",
+            "",
+            "| method | label-free | 95 % | disjoint | best | oracle | lambda, label-free | best |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for cell in of:
+            numbers = [_shown(cell.disjoint), _shown(cell.best), _shown(cell.oracle)]
+            numbers += [_shown(cell.damping, "g"), _shown(cell.best_damping, "g")]
+            lines.append(
+                f"| {cell.method} | {cell.label_free:.3f} | {cell.low:.3f} to {cell.high:.3f} | "
+                + " | ".join(numbers)
+                + " |"
+            )
+        lines.append("")
+    return lines
+
+
+def _shown(value: float | None, form: str = ".3f") -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if form == "g" else format(value, form)
+
+
+def plot_lambda(
+    table: pa.Table, cells: Sequence[Cell], metrics: Mapping[str, str], path: Path
+) -> None:
+    """The mean of each method against lambda; a dot marks the label-free one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * len(metrics), 4.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
+    lines = curves(table, metrics)
+    for axis, (concept, metric) in zip(axes, metrics.items(), strict=True):
+        for cell in (c for c in cells if c.concept == concept):
+            if (points := lines.get((cell.method, concept))) is None:
+                axis.axhline(cell.label_free, linestyle=":", linewidth=1, color="grey")
+                axis.annotate(cell.method, (0.01, cell.label_free), fontsize=7, color="grey",
+                              xycoords=("axes fraction", "data"))  # fmt: skip
+                continue
+            (drawn,) = axis.plot(*zip(*points, strict=True), label=cell.method)
+            axis.plot([cell.damping], [cell.label_free], "o", color=drawn.get_color())
+        axis.set(xscale="log", xlabel="lambda / mean squared length of a row", title=concept)
+        axis.set_ylabel(metric.replace("_at_", "@").replace("_", " "))
+    axes[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def plot_cost(table: pa.Table, cells: Sequence[Cell], path: Path) -> None:
+    """The mean over concepts, label-free, against the seconds that the corpus's rows took."""
+    from matplotlib.figure import Figure
+
+    seconds: dict[str, list[float]] = {}
+    for row in table.select(["method", "ingest_seconds"]).to_pylist():
+        seconds.setdefault(row["method"], []).append(row["ingest_seconds"] or 0.0)
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for method in dict.fromkeys(cell.method for cell in cells):
+        mean = float(np.mean([c.label_free for c in cells if c.method == method]))
+        cost = float(np.mean(seconds[method]))
+        axis.plot([cost], [mean], "o")
+        axis.annotate(method, (cost, mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axis.set(xscale="symlog", xlabel="seconds for the corpus's rows", ylabel="mean over concepts")
+    figure.savefig(path, dpi=110)
+
+
+def grid(
+    rows: Sequence[tuple[str, Image.Image, Sequence[tuple[Image.Image, bool]]]], path: Path
+) -> None:
+    """A line for each question: a title, its picture, then its hits, carriers framed green."""
+    most = max(len(hits) for _, _, hits in rows)
+    page = Image.new(
+        "RGB", ((most + 1) * (CELL + GAP) + 4 * GAP, len(rows) * (CELL + LABEL + GAP)), "white"
+    )
+    draw = ImageDraw.Draw(page)
+    for number, (title, picture, hits) in enumerate(rows):
+        top = number * (CELL + LABEL + GAP)
+        draw.text((GAP, top + 8), title, fill="black")
+        cells = [(picture, "black"), *((hit, "green" if right else "red") for hit, right in hits)]
+        for place, (shown, colour) in enumerate(cells):
+            left = GAP + place * (CELL + GAP) + (2 * GAP if place else 0)
+            sized = shown.convert("RGB").resize((CELL, CELL), Image.Resampling.NEAREST)
+            page.paste(sized, (left, top + LABEL))
+            box = (left - 2, top + LABEL - 2, left + CELL + 1, top + LABEL + CELL + 1)
+            draw.rectangle(box, outline=colour, width=3)
+    page.save(path)

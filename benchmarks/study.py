@@ -1,0 +1,295 @@
+"""A study: questions about a corpus whose answers are known, put to every method.
+
+A method is a `Configuration` of the one engine. `answer` makes its rows, its queries and the
+corpus's curvature; one eigendecomposition then gives the scores at every damping. Pictures are
+drawn once and shown to every method. Rows stay in memory: no index is written, and what ranks here
+is tested to be what an index ranks by.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from headwater.attribution import (
+    Curvature,
+    Engine,
+    Gram,
+    Model,
+    Point,
+    Recipe,
+    contrast_rows,
+    ddim_grid,
+    dual_curvature,
+    generation_path,
+    image_rows,
+    kept,
+    label_free_damping,
+    seeded_noise,
+    slider_rows,
+)
+
+Say = Callable[[str], object]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training images as the model sees them."""
+
+    x_0: Tensor  # [N, C, h, w] clean samples, float32
+    captions: tuple[str, ...]
+    keys: tuple[str, ...]  # each names its image's noise
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which training images taught the model one concept of a picture?"""
+
+    concept: str  # kind of concept ("object", "style"); metrics are averaged within a kind
+    prompt: str
+    contrast: str  # the prompt without the concept
+    picture: str  # names the picture asked about; questions with the same name share it
+    truth: npt.NDArray[np.bool_]  # [N] the carriers
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A method: one setting of the engine."""
+
+    name: str
+    recipe: Recipe
+    query: str = "contrast"  # one of headwater.queries' kinds that need no function
+    similarity: str = "ip"  # or "cosine" (Renorm-IF), "relative" (Relative-IF)
+    preconditioning: str = "query"  # or "none"
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures that a model made, and what they were on the way."""
+
+    x_0: Tensor  # [P, C, h, w]
+    x_t: Tensor  # [T, P, C, h, w]
+    levels: tuple[int, ...]  # [T] ascending
+
+
+@dataclass(frozen=True)
+class Study:
+    """A corpus, the model that was trained on it, and questions.
+
+    Pictures are drawn by the model for each question's prompt, or all of them are `given`.
+    """
+
+    name: str
+    model: Model
+    corpus: Corpus
+    questions: tuple[Question, ...]
+    seeds: int = 4  # pictures drawn per question, or noise draws over a given one
+    batch: int = 64  # images per forward pass
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # picture -> x_0 [C, h, w]
+    replicate: int = 0  # seed of the training that made the model
+    steps: int = 50  # DDIM steps of a drawn picture
+    guidance: float = 7.5  # of a drawn picture
+    _drawings: dict[int, Drawn] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def asked(self) -> tuple[tuple[str, str], ...]:
+        """The different (picture, prompt) of the questions, in the order of their appearance."""
+        return tuple(dict.fromkeys((q.picture, q.prompt) for q in self.questions))
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompt of each picture, [P] with P = asked x seeds."""
+        return [prompt for _, prompt in self.asked for _ in range(self.seeds)]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What names the noise of each picture, [P]."""
+        return [f"{picture}#{seed}" for picture, _ in self.asked for seed in range(self.seeds)]
+
+    def drawn(self, count: int = 10) -> Drawn:
+        """The pictures, drawn at the first call, with `count` noise levels of their paths."""
+        if count not in self._drawings:
+            self._drawings[count] = self._draw(count)
+        return self._drawings[count]
+
+    @cached_property
+    def pictures(self) -> Tensor:
+        """The clean samples asked about, [P, C, h, w]: drawn, or given."""
+        if not self.given:
+            return self.drawn().x_0
+        chosen = [self.given[picture] for picture, _ in self.asked for _ in range(self.seeds)]
+        return torch.stack(chosen).to(self.model.device)
+
+    def _draw(self, count: int) -> Drawn:
+        grid = ddim_grid(self.model, self.steps)
+        levels = kept(grid, min(count, self.steps))
+        shape = self.model.sample_shape
+        clean, visited = [], []
+        for start in range(0, len(self.keys), self.batch):
+            keys, prompts = (x[start : start + self.batch] for x in (self.keys, self.prompts))
+            noise = torch.stack([seeded_noise(0, f"generate/{key}", shape) for key in keys])
+            x_0, points = generation_path(
+                self.model,
+                noise.to(self.model.device),
+                self.model.encode_prompts(prompts),
+                self.model.encode_prompts([""] * len(prompts)),
+                grid=grid,
+                timesteps=levels,
+                guidance=self.guidance,
+            )
+            clean.append(x_0)
+            visited.append(torch.stack([point.x_t for point in points]))
+        return Drawn(torch.cat(clean), torch.cat(visited, 1), tuple(levels))
+
+    def path(self, engine: Engine, chosen: Sequence[int]) -> list[Point]:
+        """Where the path of the chosen pictures is looked at: the way the model drew them.
+
+        A given picture has no such way; then as the recipe looks at a training image.
+        """
+        prompts, keys = [self.prompts[i] for i in chosen], [self.keys[i] for i in chosen]
+        x_0 = self.pictures[list(chosen)]
+        if self.given:
+            return list(engine.points(x_0, prompts, keys))
+        drawn = self.drawn(engine.recipe.timesteps)
+        states, null = engine.states(prompts)
+        points = []
+        for level, x_t in zip(drawn.levels, drawn.x_t[:, list(chosen)], strict=True):
+            t = torch.full((len(chosen),), level, dtype=torch.int64, device=x_t.device)
+            a, s = self.model.coefficients(t)
+            points.append(Point(x_t, t, x_0, (x_t - a * x_0) / s, states, null))
+        return points
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one configuration says about one study."""
+
+    configuration: Configuration
+    features: Tensor  # [N, dim]
+    weights: Tensor  # [N] factor of each row's score
+    rows: Tensor  # [Q, S, dim] a query row for each question and seed
+    curvature: Curvature
+    damping: float  # chosen without labels, in units of the rows' mean squared length
+    ingest_seconds: float
+    query_seconds: float
+
+    @property
+    def queries(self) -> Tensor:
+        """[Q, dim] averaged over seeds."""
+        return self.rows.mean(1)
+
+    def scores(self, damping: float | None = None) -> Tensor:
+        """How much each image taught each question's concept: [N, Q] float32.
+
+        `damping` None: the one chosen without labels. Unused without preconditioning.
+        """
+        config, damping = self.configuration, self.damping if damping is None else damping
+        solved = self.queries.double()
+        if config.preconditioning == "query":
+            solved = self.curvature.precondition(solved, damping)
+        scores = self.features @ solved.to(self.features).mT
+        scale = self.weights
+        if config.similarity == "cosine":
+            scale = scale / _positive(self.features.norm(dim=1))
+        elif config.similarity == "relative":
+            inverse = self.curvature.precondition(self.features, damping)
+            scale = scale / _positive(inverse.norm(dim=1).to(scale))
+        return scores * scale[:, None]
+
+
+def _positive(lengths: Tensor) -> Tensor:
+    """An all-zero row has no direction and scores nothing."""
+    return lengths.where(lengths > 0, torch.inf)
+
+
+def answer(study: Study, configuration: Configuration) -> Answers:
+    """Compute rows, queries and curvature of one method; every derived choice is label-free."""
+    engine = Engine(study.model, configuration.recipe)
+    started = time.perf_counter()
+    features, weights = corpus_rows(engine, study.corpus, study.batch)
+    ingest_seconds = time.perf_counter() - started
+    curvature = curvature_of(features)
+    started = time.perf_counter()
+    rows = query_rows(study, engine, configuration.query)
+    float(rows.sum())  # waits for the device
+    query_seconds = time.perf_counter() - started
+    damping = 1.0
+    if configuration.preconditioning == "query":
+        damping = label_free_damping(curvature, rows)
+    return Answers(
+        configuration, features, weights, rows, curvature, damping, ingest_seconds, query_seconds
+    )
+
+
+def corpus_rows(engine: Engine, corpus: Corpus, batch: int) -> tuple[Tensor, Tensor]:
+    """Features [N, dim] and row weights [N] of every training image."""
+    rows, weights = [], []
+    for start in range(0, len(corpus), batch):
+        part = slice(start, start + batch)
+        found = engine.rows(corpus.x_0[part], corpus.captions[part], corpus.keys[part])
+        rows.append(found.features)
+        weights.append(found.weights)
+    features = torch.cat(rows)
+    if not features.isfinite().all():
+        bad = corpus.keys[int((~features.isfinite().all(dim=1)).nonzero()[0])]
+        raise ValueError(f"the row of {bad} is not finite; use another dtype or method")
+    return features, torch.cat(weights)
+
+
+def curvature_of(features: Tensor) -> Curvature:
+    """K = Phi^T Phi of rows [N, dim], by the smaller of the two matrices."""
+    if len(features) < features.shape[1]:
+        return dual_curvature(features)
+    gram = Gram(features.shape[1], features.device)
+    for block in features.split(8192):
+        gram.add(block)
+    return gram.curvature()
+
+
+def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
+    """A row for each question and seed: [Q, S, dim]."""
+    place = {asked: i for i, asked in enumerate(study.asked)}
+    of_question = [place[q.picture, q.prompt] for q in study.questions]
+    seeds, dim = study.seeds, engine.projector.dim
+    if kind == "image":  # the same whatever is asked about the picture
+        parts = [
+            image_rows(engine, study.pictures[chosen], *_names(study, chosen))
+            for chosen in _batches(range(len(study.keys)), study.batch)
+        ]
+        return torch.cat(parts).view(-1, seeds, dim)[of_question]
+    everything = [(p * seeds + seed, q) for q, p in enumerate(of_question) for seed in range(seeds)]
+    parts = []
+    for pairs in _batches(everything, study.batch):
+        chosen = [picture for picture, _ in pairs]
+        contrasts = [study.questions[question].contrast for _, question in pairs]
+        if kind == "contrast":
+            prompts, keys = _names(study, chosen)
+            x_0 = study.pictures[chosen]
+            parts.append(contrast_rows(engine, x_0, prompts, contrasts, keys))
+        elif kind == "slider":
+            parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
+        else:
+            raise ValueError(f"query {kind!r} is unknown; choose contrast, image or slider")
+    return torch.cat(parts).view(-1, seeds, dim)
+
+
+def _names(study: Study, chosen: Sequence[int]) -> tuple[list[str], list[str]]:
+    return [study.prompts[i] for i in chosen], [study.keys[i] for i in chosen]
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
