@@ -37,6 +37,7 @@ class Settings:
     unet_widths: tuple[int, int, int] = (64, 72, 72)  # channels at 16, 8 and 4 latents
     text_width: int = 96
     dropout: float = 0.15  # of the UNet's residual blocks; without it pairs are known by heart
+    classifier_images: int = 3840
     classifier_steps: int = 800
     classifier_width: int = 32
     gate_images: int = 20  # for each combination that was never shown

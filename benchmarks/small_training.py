@@ -194,7 +194,8 @@ def train_vae(vae: Any, images: torch.Tensor, cfg: Settings, progress: Progress)
         edge_loss = F.l1_loss(down_y, down_x) + F.l1_loss(right_y, right_x)
         # Nats per latent number; small, only to keep the latents smooth and bounded.
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
-        return pixel_loss + 0.5 * edge_loss + 2e-4 * kl
+        total: torch.Tensor = pixel_loss + 0.5 * edge_loss + 2e-4 * kl
+        return total
 
     def report(step: int, mean_loss: float) -> None:
         progress.say(f"vae step {step}: loss {mean_loss:.4f}")

@@ -1,7 +1,7 @@
 """Worlds of rendered pictures that differ in a few attributes, one combination never shown.
 
-Corpus, captions, questions with their truth, and a gate: a model that was trained on the corpus
-must draw the combination that it was never shown, or what it is asked about does not exist.
+Pictures with their captions, the questions that are asked about what a model draws, and which of
+the pictures are right. `synthetic.py` and `faces.py` are such worlds.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
 from headwater.benchmarks.small_models import to_tensor
+from headwater.benchmarks.study import Question
 
-EMPTY = 0.1  # share of training steps that show an image with no caption: guidance needs it
+EMPTY = 0.1  # share of training steps that show an image without words: guidance needs it
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,27 @@ class World:
 
     def labels(self, values: Sequence[str]) -> list[int]:
         """The number of each value within its attribute."""
-        known = self.attributes.values()
-        return [known_values.index(v) for known_values, v in zip(known, values, strict=True)]
+        known = zip(self.attributes.values(), values, strict=True)
+        return [names.index(value) for names, value in known]
 
-    def without(self, values: Sequence[str], attribute: str) -> str:
-        """The caption that is silent about one attribute."""
-        names = self.attributes
-        return self.caption([None if n == attribute else v for n, v in zip(names, values)])  # noqa: B905
+    def silent(self, values: Sequence[str], place: int) -> str:
+        """The caption that does not speak of the attribute at `place`."""
+        return self.caption([None if i == place else value for i, value in enumerate(values)])
+
+    def training_captions(self, values: Sequence[str]) -> list[str]:
+        """What an image is shown with while a model trains, in the order of `shares`."""
+        reduced = [self.silent(values, i) for i in range(len(values))] if self.reduced else []
+        return [self.caption(values), *reduced, ""]
+
+    @property
+    def shares(self) -> list[float]:
+        """How often each of `training_captions` is used."""
+        count = len(self.attributes) if self.reduced else 0
+        return [1 - EMPTY - self.reduced, *[self.reduced / max(count, 1)] * count, EMPTY]
+
+    def sentences(self) -> list[str]:
+        """Everything that is ever said in this world."""
+        return sorted({line for v in self.combinations for line in self.training_captions(v)})
 
 
 @dataclass(frozen=True)
@@ -58,13 +72,32 @@ class Pictures:
 
     images: torch.Tensor  # [N, 3, 64, 64] float32 in [-1, 1]
     values: tuple[tuple[str, ...], ...]  # [N] a value of each attribute
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # [N]
 
 
-def draw(
-    world: World, combinations: Sequence[tuple[str, ...]], count: int, seed: Sequence[int]
-) -> Pictures:
-    """``count`` pictures, going round the combinations; fewer are the beginning of more."""
+def draw(world: World, combinations: Sequence[tuple[str, ...]], count: int, *seed: int) -> Pictures:
+    """`count` pictures, going round the combinations; fewer are the beginning of more."""
     values = [combinations[i % len(combinations)] for i in range(count)]
     pictures = [world.render(v, np.random.default_rng([*seed, i])) for i, v in enumerate(values)]
     return Pictures(to_tensor(pictures), tuple(values), tuple(f"{i:05d}" for i in range(count)))
+
+
+def questions(world: World, corpus: Pictures, pictures: int) -> tuple[Question, ...]:
+    """Which images taught the model each concept of a picture that it draws?
+
+    For every combination `pictures` pictures, and for each a question about every attribute that
+    its caption names. The kind of concept says whether the combination was never shown to the
+    model ("shape, unseen") or was ("shape, seen"); right are the images that carry the value.
+    """
+    found = []
+    for values in [world.held_out, *world.shown]:
+        seen = "unseen" if values == world.held_out else "seen"
+        prompt = world.caption(values)
+        for number in range(pictures):
+            for place, attribute in enumerate(world.attributes):
+                if (contrast := world.silent(values, place)) == prompt:
+                    continue  # its absence is what the caption is silent about
+                truth = np.array([shown[place] == values[place] for shown in corpus.values])
+                concept = f"{attribute}, {seen}"
+                found.append(Question(concept, prompt, contrast, f"{prompt} {number}", truth))
+    return tuple(found)
