@@ -36,7 +36,14 @@ from .images import ImageRejected, as_seen, decode, fit
 from .model import Model, quiet_libraries
 from .objectives import METHODS, Point
 from .recipe import Recipe, differences, feature_space, feature_space_id, resolved
-from .rewards import Reward, contrast_rows, image_rows, reward_rows, slider_rows
+from .rewards import (
+    Reward,
+    contrast_rows,
+    image_rows,
+    journey_rows,
+    reward_rows,
+    slider_rows,
+)
 from .trajectory import ddim_grid, generation_path, kept, seeded_noise
 
 __all__ = [
@@ -65,6 +72,7 @@ __all__ = [
     "fit",
     "generation_path",
     "image_rows",
+    "journey_rows",
     "kept",
     "label_free_damping",
     "quiet_libraries",

@@ -40,7 +40,7 @@ class Rows:
     """Features of a batch."""
 
     features: Tensor  # [B, dim] float32
-    weights: Tensor  # [B] float32: factor of each row's score (the loss for DAS, else 1)
+    weights: Tensor  # [B] float32: factor of each row's score (of DAS from its loss, else 1)
     norms: Tensor  # [B] float32: mean norm of the whole gradient, before scaling and projection
 
 
@@ -115,9 +115,11 @@ class Engine:
         states, null = self.states(captions)
         point = next(iter(self.noised(x_0.to(self.model.device), states, null, keys)))
 
+        through = self.method.through_input
+
         def probe() -> Tensor:
-            gradient, _, e = self.method_gradient(point)
-            parts = [e.flatten(1) / e.flatten(1).norm(dim=1, keepdim=True), gradient]
+            gradient, norm, e = self.raw_gradient(point, self.method.cotangent, through)
+            parts = [e.flatten(1) / e.flatten(1).norm(dim=1, keepdim=True), _unit(gradient, norm)]
             if self.recipe.trajectory == "inversion":  # passes without gradients: another graph
                 with torch.no_grad():
                     given = (point.x_t, point.t, states, null, self.recipe.guidance)
@@ -149,16 +151,16 @@ class Engine:
     def _rows(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Rows:
         x_0 = x_0.to(self.model.device)
         features = torch.zeros(len(x_0), self.projector.dim, device=x_0.device)
-        loss = torch.zeros(len(x_0), device=x_0.device)
         norms = torch.zeros(len(x_0), device=x_0.device)
+        losses = []
         for point in self.points(x_0, captions, keys):
             gradient, norm, e = self.method_gradient(point)
             features += gradient
             norms += norm
-            loss += (e - point.eps).square().flatten(1).mean(1)
-        count = len(self.timesteps)
-        weights = loss / count if self.method.loss_weight else torch.ones_like(loss)
-        return Rows(features, weights, norms / count)
+            losses.append((e - point.eps).square().flatten(1).mean(1))
+        weight = self.method.weight
+        weights = torch.ones_like(norms) if weight is None else weight(torch.stack(losses))
+        return Rows(features, weights, norms / len(self.timesteps))
 
     def points(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Iterable[Point]:
         """The noise levels of a batch, on the recipe's trajectory."""
@@ -184,14 +186,18 @@ class Engine:
         keys: Sequence[str],
     ) -> Iterable[Point]:
         """x_0 with drawn noise, at every noise level."""
-        shape = (len(self.timesteps), *x_0.shape[1:])
+        # Copied once: a copy at every level would make the host wait for the level before.
+        noise = self.noise(keys).to(x_0.device)
+        return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
+
+    def noise(self, keys: Sequence[str]) -> Tensor:
+        """The noise of each key at every noise level: [B, T, C, h, w] on the host."""
+        shape = (len(self.timesteps), *self.model.sample_shape)
         if self.recipe.noise == "shared":
             keys = ["shared"] * len(keys)
         with ThreadPoolExecutor() as threads:  # numpy draws without the interpreter's lock
             drawn = list(threads.map(partial(seeded_noise, self.recipe.seed, shape=shape), keys))
-        # Copied once: a copy at every level would make the host wait for the level before.
-        noise = torch.stack(drawn).to(x_0.device)
-        return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
+        return torch.stack(drawn)
 
     def states(self, captions: Sequence[str]) -> tuple[Conditions | None, Conditions | None]:
         """What the captions let the denoiser hear and, beside it, as many empty prompts."""
@@ -205,16 +211,19 @@ class Engine:
     def gradient(
         self, point: Point, cotangent: Cotangent, through_input: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected per-sample gradient J^T v at one point, scaled to unit norm.
+        """Projected per-sample gradient J^T v at one point, scaled as the recipe says.
 
-        The norm is that of the whole gradient, before projection. A zero gradient stays zero.
-        `through_input` says that the cotangent differentiates with respect to `point.x_t`.
+        The norm is that of the whole gradient, before scaling and projection. A zero gradient
+        stays zero. `through_input` says that the cotangent differentiates with respect to
+        `point.x_t`.
 
         Returns:
             [B, dim] float32, the norm [B] and the noise prediction e [B, C, h, w].
         """
         projected, norm, e = self.raw_gradient(point, cotangent, through_input)
-        return projected / norm.where(norm != 0, 1.0)[:, None], norm, e
+        if self.recipe.scaling == "timestep":
+            projected = _unit(projected, norm)
+        return projected, norm, e
 
     def raw_gradient(
         self, point: Point, cotangent: Cotangent, through_input: bool = False
@@ -248,6 +257,11 @@ class Engine:
             Capture(self.selection, self.projector, batch, point.x_t.device) as capture,
         ):
             yield capture
+
+
+def _unit(projected: Tensor, norm: Tensor) -> Tensor:
+    """Rows [B, dim] over the norms [B] of their gradients; zero where the gradient is."""
+    return projected / norm.where(norm != 0, 1.0)[:, None]
 
 
 def _power_of_two(v: Tensor) -> Tensor:

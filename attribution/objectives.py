@@ -5,6 +5,13 @@ sign convention: v points where a loss grows, so that two rows with a positive i
 each other when one of them is trained on. The output functionals of D-TRAK and DAS are no loss;
 they may be compared with themselves (image and contrast queries), where any sign cancels, but
 against a reward they have no direction.
+
+Two methods go by the name of DAS. `das-mean` is its authors' code: the signed mean of e, each level
+at unit norm, and a score times the root mean squared error at each level over the length of these
+errors, averaged over levels (there 1,000, here those of the row). The paper squares the score, the
+code has it squared and with its sign; the sign is kept here. `das` is what Concept-TRAK compares
+with, the l1 norm of e and the training loss as weight: with `scaling="none"` to the letter, but for
+the number of levels and pixels, which is the same for every row.
 """
 
 from __future__ import annotations
@@ -37,6 +44,9 @@ TRAJECTORIES = ("noise", "inversion")
 # (model, point, e with its graph) -> v, all [B, C, h, w]
 Cotangent = Callable[[Model, Point, Tensor], Tensor]
 
+# the mean squared errors of e at the noise levels of a row [T, B] -> [B]
+Weight = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -45,9 +55,9 @@ class Method:
     cotangent: Cotangent
     trajectory: str  # the published one, of TRAJECTORIES
     loss_like: bool  # whether v is where a training loss grows, so that rewards have a direction
-    loss_weight: bool  # whether a row's score is multiplied by its training loss
     through_input: bool  # whether the cotangent differentiates e with respect to x_t
     source: str
+    weight: Weight | None = None  # factor of a row's score; None: 1
 
 
 def denoising(model: Model, point: Point, e: Tensor) -> Tensor:
@@ -65,6 +75,11 @@ def output_sign(model: Model, point: Point, e: Tensor) -> Tensor:
     return e.detach().sign()
 
 
+def output_mean(model: Model, point: Point, e: Tensor) -> Tensor:
+    """1 / n in every entry: the gradient of the mean of e's n entries, which has a sign."""
+    return torch.full_like(e.detach(), 1 / e[0].numel())
+
+
 def posterior_sampling(model: Model, point: Point, e: Tensor) -> Tensor:
     """-grad_{x_t} ||xhat0(x_t) - x_0||^2: the DPS loss; one backward to x_t through the forward."""
     residual = (model.predicted(point.x_t, point.t, e) - point.x_0).square().sum()
@@ -79,12 +94,27 @@ def guidance(model: Model, point: Point, e: Tensor) -> Tensor:
     return null - e.detach()
 
 
+def mean_loss(losses: Tensor) -> Tensor:
+    """The training loss, averaged over noise levels; [T, B] -> [B]."""
+    return losses.mean(0)
+
+
+def residual_profile(losses: Tensor) -> Tensor:
+    """Mean over noise levels of r / |r|, r_t the root mean squared error at level t; [T, B] -> [B].
+
+    |r| is the length of r [T] itself, so the size of an image's residuals cancels: the weight lies
+    between 1 / T (all of them at one level) and 1 / sqrt(T) (the same at each).
+    """
+    residuals = losses.sqrt()
+    lengths: Tensor = residuals.norm(dim=0).clamp_min(1e-8)
+    return residuals.mean(0) / lengths
+
+
 METHODS: dict[str, Method] = {
     "dsm": Method(
         cotangent=denoising,
         trajectory="noise",
         loss_like=True,
-        loss_weight=False,
         through_input=False,
         source="TRAK on the denoising loss (2303.14186)",
     ),
@@ -92,7 +122,6 @@ METHODS: dict[str, Method] = {
         cotangent=output_norm,
         trajectory="noise",
         loss_like=False,
-        loss_weight=False,
         through_input=False,
         source="D-TRAK (2311.00500)",
     ),
@@ -100,15 +129,22 @@ METHODS: dict[str, Method] = {
         cotangent=output_sign,
         trajectory="noise",
         loss_like=False,
-        loss_weight=True,
         through_input=False,
-        source="DAS (2410.18639)",
+        source="DAS as Concept-TRAK runs it, there unscaled (2507.06547)",
+        weight=mean_loss,
+    ),
+    "das-mean": Method(
+        cotangent=output_mean,
+        trajectory="noise",
+        loss_like=False,
+        through_input=False,
+        source="DAS as released (2410.18639)",
+        weight=residual_profile,
     ),
     "dps": Method(
         cotangent=posterior_sampling,
         trajectory="inversion",
         loss_like=True,
-        loss_weight=False,
         through_input=True,
         source="Concept-TRAK (2507.06547)",
     ),
@@ -116,7 +152,6 @@ METHODS: dict[str, Method] = {
         cotangent=guidance,
         trajectory="noise",
         loss_like=True,
-        loss_weight=False,
         through_input=False,
         source="guidance vector as a training feature (ours)",
     ),

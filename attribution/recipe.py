@@ -18,6 +18,10 @@ from .projection import KINDS
 # Raise it when code changes what a recipe computes: old indexes then say so instead of mixing.
 CODE_VERSION = 2
 NOISES = ("image", "shared")
+SCALINGS = ("timestep", "none")
+# Fields that recipes did not have when this code version's first indexes were made: a feature
+# space names them only where they differ from their defaults, which are what was computed then.
+_ADDED = ("scaling",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Recipe:
     guidance: float = 7.5  # of the inversion; without it the residual carries no concept
     projection: str = "sjlt"  # unbiased, and as fast as reading the gradient once
     dim: int = 2048  # width of a row; 2 bytes each on disk
+    scaling: str = "timestep"  # gradients of a noise level at unit norm, or "none": as they are
     dtype: str = "auto"  # of the denoiser's passes; cotangents and rows are always float32
     seed: int = 0  # of projection and noise
 
@@ -55,6 +60,8 @@ class Recipe:
             )
         if self.noise not in NOISES:
             raise ModelError(f"noise {self.noise!r} is unknown; choose {' or '.join(NOISES)}")
+        if self.scaling not in SCALINGS:
+            raise ModelError(f"scaling {self.scaling!r} is unknown; choose {', '.join(SCALINGS)}")
         if not 1 <= self.timesteps <= self.steps:
             raise ModelError(
                 f"timesteps {self.timesteps} must lie between 1 and the {self.steps} DDIM steps"
@@ -100,7 +107,11 @@ def resolved(recipe: Recipe, model: Model) -> Recipe:
 
 def feature_space(recipe: Recipe, fingerprint: Mapping[str, str]) -> dict[str, Any]:
     """Everything two rows must share to be comparable, as one JSON object."""
-    return {"code": CODE_VERSION, "recipe": asdict(recipe), "model": dict(fingerprint)}
+    values = asdict(recipe)
+    for name in _ADDED:
+        if values[name] == getattr(Recipe, name):
+            del values[name]
+    return {"code": CODE_VERSION, "recipe": values, "model": dict(fingerprint)}
 
 
 def feature_space_id(space: Mapping[str, Any]) -> str:
@@ -122,5 +133,5 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "unset" if value is None else str(value)
     return text if len(text) <= 16 else text[:12] + "..."

@@ -1,4 +1,4 @@
-"""Query gradients: a concept, asked in one of four ways, becomes a vector beside the rows.
+"""Query gradients: a concept, asked in one of five ways, becomes a vector beside the rows.
 
 Signs follow objectives.py: a row with a positive inner product taught the concept. Raising a
 reward moves e against grad R, so the loss that falls is -R, its cotangent is + s_t grad R, and the
@@ -17,7 +17,8 @@ from torch import Tensor
 from .engine import Engine
 from .errors import ModelError
 from .model import Model
-from .objectives import Cotangent, Point
+from .objectives import Cotangent, Point, denoising
+from .trajectory import renoised
 
 SPACES = ("x_t", "image")
 
@@ -53,7 +54,7 @@ def contrast_rows(
 ) -> Tensor:
     """What each prompt changes in its picture's row against its contrast, at the same x_t.
 
-    J(c)^T v(c) - J(c-)^T v(c-), each scaled to unit norm: [S, dim]. What the picture shows
+    J(c)^T v(c) - J(c-)^T v(c-), each scaled as the recipe says: [S, dim]. What the picture shows
     whatever the text says cancels; what remains is how the text's concept is drawn.
     """
     lacking = engine.model.encode_prompts(contrasts)
@@ -62,6 +63,28 @@ def contrast_rows(
         rows += engine.method_gradient(point)[0]
         rows -= engine.method_gradient(replace(point, states=lacking))[0]
     return rows
+
+
+def journey_rows(
+    engine: Engine, points: Iterable[Point], keys: Sequence[str], guidance: float
+) -> Tensor:
+    """Journey-TRAK (2312.06205): the denoising loss on the way to a picture, [S, dim].
+
+    At each point of a path that was walked with this guidance, the sample that the model then
+    expected at its end is noised afresh to the same level, and e - eps is pulled back.
+
+    Args:
+        engine: whose recipe scales the gradients.
+        points: of the generation path, from its clean end.
+        keys: one per sample [S]; names its fresh noise.
+        guidance: of the path.
+    """
+    noise = engine.noise([f"journey/{key}" for key in keys])
+    fresh = (
+        renoised(engine.model, point, noise[:, index], guidance)
+        for index, point in enumerate(points)
+    )
+    return _path_rows(engine, fresh, denoising, through_input=False)
 
 
 def slider_rows(engine: Engine, points: Iterable[Point], contrasts: Sequence[str]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -105,6 +106,16 @@ def generation_path(
     return x, points
 
 
+@torch.no_grad()
+def renoised(model: Model, point: Point, eps: Tensor, guidance: float) -> Point:
+    """The sample that a guided path expects at its end, noised to the level of `point` by `eps`."""
+    output = guided_output(model, point.x_t, point.t, point.states, point.null, guidance)
+    x_0 = _expected(model, point.x_t, output, point.t)
+    a, s = model.coefficients(point.t)
+    eps = eps.to(x_0.device)
+    return replace(point, x_t=a * x_0 + s * eps, x_0=x_0, eps=eps)
+
+
 def _visited(
     model: Model,
     x_t: Tensor,
@@ -144,13 +155,18 @@ def guided_output(
 def _ddim_step(model: Model, x: Tensor, output: Tensor, start: int, end: int) -> Tensor:
     """Move x from level `start` towards the clean end, to level `end`, as the output says."""
     t = _levels(x, start)
-    clean, e = model.schedule.denoised(x, output, t), model.schedule.noise(x, output, t)
-    if (limit := model.schedule.clip) is not None:
+    clean, e = _expected(model, x, output, t), model.schedule.noise(x, output, t)
+    if model.schedule.clip is not None:
         a, s = model.coefficients(t)
-        clean = clean.clamp(-limit, limit)
         e = (x - a * clean) / s
     a, s = model.coefficients(_levels(x, end))
     return a * clean + s * e
+
+
+def _expected(model: Model, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
+    """The clean sample that an output means, within the bounds that the scheduler sets."""
+    clean, limit = model.schedule.denoised(x, output, t), model.schedule.clip
+    return clean if limit is None else clean.clamp(-limit, limit)
 
 
 def _levels(x: Tensor, level: int) -> Tensor:

@@ -31,6 +31,7 @@ from headwater.attribution import (
     dual_curvature,
     generation_path,
     image_rows,
+    journey_rows,
     kept,
     label_free_damping,
     seeded_noise,
@@ -264,11 +265,16 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
     place = {asked: i for i, asked in enumerate(study.asked)}
     of_question = [place[q.picture, q.prompt] for q in study.questions]
     seeds, dim = study.seeds, engine.projector.dim
-    if kind == "image":  # the same whatever is asked about the picture
-        parts = [
-            image_rows(engine, study.pictures[chosen], *_names(study, chosen))
-            for chosen in _batches(range(len(study.keys)), study.batch)
-        ]
+    if kind in ("image", "journey"):  # the same whatever is asked about the picture
+        parts = []
+        for chosen in _batches(range(len(study.keys)), study.batch):
+            prompts, keys = _names(study, chosen)
+            if kind == "image":
+                parts.append(image_rows(engine, study.pictures[chosen], prompts, keys))
+            else:
+                guidance = 1.0 if study.given else study.guidance  # of the path
+                path = study.path(engine, chosen)
+                parts.append(journey_rows(engine, path, keys, guidance))
         return torch.cat(parts).view(-1, seeds, dim)[of_question]
     everything = [(p * seeds + seed, q) for q, p in enumerate(of_question) for seed in range(seeds)]
     parts = []
@@ -282,7 +288,9 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
-            raise ValueError(f"query {kind!r} is unknown; choose contrast, image or slider")
+            raise ValueError(
+                f"query {kind!r} is unknown; choose contrast, image, journey or slider"
+            )
     return torch.cat(parts).view(-1, seeds, dim)
 
 

@@ -87,13 +87,16 @@ def ingest(
         Path | None,
         typer.Option("--out", help="Folder of the index, new or to add to.", show_default=False),
     ] = None,
-    method: Annotated[str, typer.Option(help="dsm, dtrak, das, dps or cfg.")] = "dtrak",
+    method: Annotated[str, typer.Option(help="dsm, dtrak, das, das-mean, dps or cfg.")] = "dtrak",
     parameters: Annotated[str, typer.Option(help="Parameters, by regular expression.")] = "auto",
     dim: Annotated[int | None, typer.Option(help="Width of a row.", show_default=False)] = None,
     timesteps: Annotated[int | None, typer.Option(help="Noise levels per image.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trajectory: Annotated[str, typer.Option(help="auto, noise or inversion.")] = "auto",
     noise: Annotated[str, typer.Option(help="image: each its own; shared: one for all.")] = "image",
+    scaling: Annotated[
+        str, typer.Option(help="timestep: unit norm at each noise level; none: raw gradients.")
+    ] = "timestep",
     projection: Annotated[
         str, typer.Option(help="sjlt, mask, factored, trak or identity.")
     ] = "sjlt",
@@ -159,6 +162,7 @@ def ingest(
         dtype=dtype,
         trajectory=trajectory,
         noise=noise,
+        scaling=scaling,
         projection=projection,
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
@@ -232,7 +236,7 @@ def query(
     prompt: Annotated[str, typer.Option(help="What has the concept.")] = "",
     contrast: Annotated[str, typer.Option(help="The same without it; default: nothing.")] = "",
     image: Annotated[Path | None, typer.Option(help="Ask about this picture.")] = None,
-    method: Annotated[str, typer.Option(help="contrast, slider or image.")] = "contrast",
+    method: Annotated[str, typer.Option(help="contrast, slider, image or journey.")] = "contrast",
     seeds: Annotated[int | None, typer.Option(help="Pictures or noise draws.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first.")] = 0,
     top: Annotated[int, typer.Option(help="Length of the ranking.")] = 10,
@@ -243,7 +247,7 @@ def query(
         bool, typer.Option("--exact", help="Every row, also of a large index.")
     ] = False,
     where: Where = None,
-    similarity: Annotated[str, typer.Option(help="ip or cosine.")] = "ip",
+    similarity: Annotated[str, typer.Option(help="ip, cosine or relative.")] = "ip",
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[float | None, typer.Option(help="Lambda / mean squared row.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Of generated pictures.")] = None,

@@ -1,7 +1,7 @@
 """Which score a search ranks by, reduced to score_i = scale_i <unit row i, query>.
 
 K = Phi^T Phi is the curvature of the rows phi_i = norm_i unit_i, K_lambda = K + lambda I, w_i the
-row weight of the method. Six names, one scale per row and one vector per query:
+row weight of the method. Seven names, one scale per row and one vector per query:
 
 similarity  preconditioning  score                                      scale_i        query
 ip          none             w <q, phi>                                 w norm         q
@@ -10,13 +10,16 @@ ip          both             w <K_lambda^-1/2 q, K_lambda^-1/2 phi>     w norm  
 cosine      none             w cos(q, phi)                              w              q, length 1
 cosine      query            w cos(K_lambda^-1 q, phi)                  w              K_lambda^-1 q, length 1
 cosine      both             w cos(K_lambda^-1/2 q, K_lambda^-1/2 phi)  w / |unit|_K   K_lambda^-1 q / |q|_K
+relative    query            w <K_lambda^-1 q, phi> / |K_lambda^-1 phi| w / |unit|_KK  K_lambda^-1 q
 
-with |x|_K = sqrt(x^T K_lambda^-1 x); elsewhere the length of a row is its norm as it was before
-rounding to half precision. `both` multiplies either side by the symmetric inverse root
+with |x|_K = sqrt(x^T K_lambda^-1 x) and |x|_KK = |K_lambda^-1 x|; elsewhere the length of a row is
+its norm as it was before rounding to half precision. `both` multiplies either side by the symmetric inverse root
 (TrackStar, Chang et al. 2024, with K in the place of its second-moment matrix), so that its inner
 product is that of `query`: K^-1/2 is symmetric and <K^-1/2 q, K^-1/2 phi> = <K^-1 q, phi>. Its
-cosine is not: it takes out the length of a row as the curvature sees it. lambda is `damping` times
-the mean squared length of a row, trace(K) / rows.
+cosine is not: it takes out the length of a row as the curvature sees it. `relative` is Relative-IF
+(Barshan et al. 2020), the influence for a step in weights of unit length; Renorm-IF (Hammoudeh and
+Lowd 2022), <K_lambda^-1 q, phi> / |phi|, is the cosine of `query` up to one factor per query.
+lambda is `damping` times the mean squared length of a row, trace(K) / rows.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from .rows import Float32
 
 Float64 = npt.NDArray[np.float64]
 _log = logging.getLogger(__name__)
-SIMILARITIES = ("ip", "cosine")
+SIMILARITIES = ("ip", "cosine", "relative")
 PRECONDITIONING = ("none", "query", "both")
 _BLOCK_ROWS = 2048
 
@@ -57,6 +60,11 @@ class Metric:
         ):
             if value not in names:
                 raise IndexStoreError(f"{what} {value!r} is unknown; choose {', '.join(names)}")
+        if self.similarity == "relative" and self.preconditioning != "query":
+            raise IndexStoreError(
+                f"similarity 'relative' divides a preconditioned score, and preconditioning is "
+                f"{self.preconditioning!r}; choose preconditioning 'query', or similarity 'cosine'"
+            )
         if not 0 < self.damping < np.inf:
             raise IndexStoreError(f"damping is {self.damping}; it must be positive and finite")
 
@@ -86,9 +94,10 @@ def row_scale(index: StoredIndex, metric: Metric) -> Float32:
     """Return scale_i for every position (float32 [rows]); 0 where a row is all zero."""
     if metric.similarity == "ip":
         return index.norms * index.weights
-    if metric.preconditioning != "both":
+    if metric.similarity == "cosine" and metric.preconditioning != "both":
         return index.weights
-    lengths = _curved_lengths(index, metric.damping)
+    power = 2 if metric.similarity == "relative" else 1
+    lengths = _curved_lengths(index, metric.damping, power)
     safe = np.where(lengths > 0, lengths, np.inf)
     return (index.weights / safe).astype(np.float32)
 
@@ -127,20 +136,20 @@ class Curvature:
         ) / lam
         return solved
 
-    def lengths(self, units: npt.NDArray[np.float16], damping: float) -> Float64:
-        """Return |x|_K = sqrt(x^T K_lambda^-1 x) for rows x [n, dim]; double precision."""
+    def lengths(self, units: npt.NDArray[np.float16], damping: float, power: int = 1) -> Float64:
+        """Return sqrt(x^T K_lambda^-power x) for rows x [n, dim]: |x|_K, and with 2, |x|_KK."""
         lam, damped = self.damped(damping)
         rows = units.astype(np.float64)
         along = rows @ self.eigenvectors
         np.square(along, out=along)
         outside = np.einsum("nd,nd->n", rows, rows) - along.sum(axis=1)
-        lengths: Float64 = np.sqrt(along @ (1 / damped) + np.maximum(outside, 0) / lam)
+        lengths: Float64 = np.sqrt(along @ damped**-power + np.maximum(outside, 0) / lam**power)
         return lengths
 
 
-def _curved_lengths(index: StoredIndex, damping: float) -> Float64:
-    """|unit row|_K of every position, kept beside the accelerators: a pass costs dim^2 a row."""
-    key = hashlib.sha256(f"curved lengths 1 {damping!r}".encode())
+def _curved_lengths(index: StoredIndex, damping: float, power: int) -> Float64:
+    """`Curvature.lengths` of all unit rows, kept beside the accelerators: each costs dim^2."""
+    key = hashlib.sha256(f"curved lengths {power} {damping!r}".encode())
     for name, digest in sorted(index.manifest.files.items()):
         key.update(f"{name} {digest}\n".encode())
     for shard in index.manifest.shards:
@@ -156,7 +165,9 @@ def _curved_lengths(index: StoredIndex, damping: float) -> Float64:
         _log.warning("lengths of rows are computed again: %s", error)
     curvature = Curvature.of(index)
     everything = np.arange(index.manifest.rows, dtype=np.int64)
-    pieces = [curvature.lengths(u, damping) for _, u in index.unit_blocks(everything, _BLOCK_ROWS)]
+    pieces = [
+        curvature.lengths(u, damping, power) for _, u in index.unit_blocks(everything, _BLOCK_ROWS)
+    ]
     lengths = np.concatenate(pieces)
     try:
         derived.keep(index.folder, path, partial(np.save, arr=lengths, allow_pickle=False))

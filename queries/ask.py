@@ -189,7 +189,7 @@ class _Here:
 
 
 def _warnings(asking: Asking, recipe: Recipe) -> tuple[str, ...]:
-    if asking.method in ("slider", "reward") and not METHODS[recipe.method].loss_like:
+    if asking.method in ("slider", "journey", "reward") and not METHODS[recipe.method].loss_like:
         suited = ", ".join(name for name, method in METHODS.items() if method.loss_like)
         return (
             f"a {asking.method} has no defined direction against {recipe.method} rows: top and "

@@ -9,11 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 from headwater.attribution import METHODS, Reward
-from headwater.index.metrics import PRECONDITIONING, SIMILARITIES, Metric
+from headwater.index import IndexStoreError
+from headwater.index.metrics import Metric
 
 from .errors import QueryError
 
-KINDS = ("contrast", "slider", "image", "reward")
+KINDS = ("contrast", "slider", "image", "journey", "reward")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Asking:
     steps: int = 50  # DDIM steps of a generated picture
     guidance: float = 7.5  # of a generated picture
     damping: float = 3.0  # lambda in units of the rows' mean squared length
-    similarity: str = "ip"  # or "cosine": without the rows' lengths, in units of the query's
+    similarity: str = "ip"  # or "cosine", "relative": without the rows' lengths, plain or solved
     preconditioning: str = "query"  # "none", or "both" sides by K^-1/2: see headwater.index.metrics
     batch_size: int = 16  # pictures per forward pass; changes speed, not results
 
@@ -53,19 +54,13 @@ class Asking:
             )
         if self.method not in KINDS:
             raise QueryError(f"query method {self.method!r} is unknown; choose {', '.join(KINDS)}")
-        for name, names in (
-            ("similarity", SIMILARITIES),
-            ("preconditioning", PRECONDITIONING),
-        ):
-            if getattr(self, name) not in names:
-                raise QueryError(
-                    f"{name} {getattr(self, name)!r} is unknown; choose {', '.join(names)}"
-                )
         for name in ("seeds", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise QueryError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.damping < math.inf:
-            raise QueryError(f"damping is {self.damping}; it must be positive and finite")
+        try:
+            _ = self.metric
+        except IndexStoreError as error:
+            raise QueryError(str(error)) from error
         if not math.isfinite(self.guidance):
             raise QueryError(f"guidance is {self.guidance}; it must be finite (default 7.5)")
 
@@ -86,7 +81,7 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
         text = concept.prompt or concept.contrast
         raise QueryError(
             f"this model takes no text, so {text!r} means nothing to it; "
-            "ask with --method image, or with a reward from Python"
+            "ask with --method image or journey, or with a reward from Python"
         )
     if asking.method in ("contrast", "slider"):
         if not conditional:
@@ -105,6 +100,11 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
         raise QueryError(
             f"method {asking.method!r} takes no contrast ({concept.contrast!r} was given); "
             "leave it out, or ask with method 'contrast' or 'slider'"
+        )
+    if asking.method == "journey" and concept.image is not None:
+        raise QueryError(
+            "method 'journey' follows the path on which the model draws a picture, and a given "
+            "picture has none; leave out --image, or ask with method 'image'"
         )
     for text in (concept.prompt, concept.contrast):
         if text != text.encode("utf-8", "replace").decode():

@@ -21,6 +21,7 @@ from headwater.attribution import (
     fit,
     generation_path,
     image_rows,
+    journey_rows,
     kept,
     reward_rows,
     seeded_noise,
@@ -63,6 +64,8 @@ def query_rows(
             path = engine.points(x_0, prompts, keys) if path is None else path
             if asking.method == "slider":
                 rows.append(slider_rows(engine, path, contrasts))
+            elif asking.method == "journey":
+                rows.append(journey_rows(engine, path, keys, asking.guidance))
             else:
                 assert concept.reward is not None  # concept.check
                 rows.append(reward_rows(engine, path, concept.reward))

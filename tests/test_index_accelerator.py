@@ -90,7 +90,14 @@ def recall(exact: tuple[Any, Any], found: tuple[Any, Any]) -> float:
 
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize(
-    "metric", [METRIC, Metric("cosine", "both"), Metric("ip", "none"), Metric("cosine", "query")]
+    "metric",
+    [
+        METRIC,
+        Metric("cosine", "both"),
+        Metric("ip", "none"),
+        Metric("cosine", "query"),
+        Metric("relative", "query"),
+    ],
 )
 def test_finds_what_exact_search_finds(folder: Path, metric: Metric, largest: bool) -> None:
     index = StoredIndex.open(folder)

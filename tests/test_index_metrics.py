@@ -1,4 +1,4 @@
-"""Six metrics equal a dense float64 reference, on the processor and on a GPU if FAISS has one."""
+"""Seven metrics equal a dense float64 reference, on the processor and on a GPU if FAISS has one."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ METRICS = [
     Metric(similarity, preconditioning, damping=0.5)
     for similarity in ("ip", "cosine")
     for preconditioning in ("none", "query", "both")
-]
+] + [Metric("relative", "query", damping=0.5)]
 ON_GPU = pytest.param(
     True,
     marks=pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it"),
 )
 
 
-def write_index(folder: Path, rank: int = RANK, dim: int = DIM, n: int = N) -> StoredIndex:
+def write_index(
+    folder: Path, rank: int = RANK, dim: int = DIM, n: int = N, unit: float = 1.0
+) -> StoredIndex:
     """Rows of a falling spectrum around a far mean, lengths and weights over decades."""
     rng = np.random.default_rng(3)
     basis = np.linalg.qr(rng.standard_normal((dim, dim)))[0][:rank] * (
         0.85 ** np.arange(rank)[:, None]
     )
     rows = (rng.standard_normal((n, rank)) + 0.5) @ basis
-    rows *= rng.lognormal(-6, 1, (n, 1))
+    rows *= unit * rng.lognormal(-6, 1, (n, 1))
     weights = rng.uniform(0.2, 3, n).astype(np.float32)
     writer = IndexWriter.create(folder, feature_space_id="s", recipe={}, dim=dim)
     stored = []
@@ -108,6 +110,9 @@ def reference(index: StoredIndex, queries: Float64, metric: Metric) -> Float64:
         if metric.preconditioning != "both":  # before rounding to half precision
             lengths = items["row_norm"].to_numpy().astype(np.float64)
         right = right / np.maximum(lengths, 1e-300)[:, None]
+    if metric.similarity == "relative":
+        solved = phi @ np.linalg.inv(gram + lam * np.eye(len(gram)))
+        right = right / np.maximum(np.linalg.norm(solved, axis=1), 1e-300)[:, None]
     return np.asarray((left @ right.T) * weights)
 
 
@@ -184,6 +189,22 @@ def test_half_precision_scores_on_a_gpu(index: StoredIndex, metric: Metric) -> N
         np.testing.assert_allclose(got, values[row], atol=1e-2 * np.abs(values).max(), rtol=0)
 
 
+@pytest.mark.parametrize("unit", [2.0**-50, 2.0**30])
+def test_the_unit_of_raw_gradients_does_not_matter(tmp_path: Path, unit: float) -> None:
+    """Rows near 1e-18 and 1e6: the scores of the same rows in another unit, to rounding."""
+    index = write_index(tmp_path / "one")
+    other = write_index(tmp_path / "other", unit=unit)
+    query = asked(index)[0]
+    for metric in METRICS:
+        expected = scores(index, query, metric=metric).astype(np.float64)
+        if metric.similarity == "ip" and metric.preconditioning == "none":
+            expected *= unit**2
+        elif metric.similarity == "relative":
+            expected *= unit
+        found = scores(other, query * unit, metric=metric)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
 def test_both_sides_under_an_inner_product_rank_as_one(index: StoredIndex) -> None:
     query = asked(index)[0]
     one = scores(index, query, metric=Metric("ip", "query"))
@@ -224,8 +245,8 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     derived.keep(index.folder, path, lambda file: np.save(file, np.ones(3)))
     np.testing.assert_array_equal(row_scale(index, metric), first)
     assert "damaged" in caplog.text
-    other = row_scale(index, Metric("cosine", "both", damping=7.0))
-    assert (other != first).any()
+    for other in (Metric("cosine", "both", damping=7.0), Metric("relative", "query")):
+        assert (row_scale(index, other) != first).any()
 
 
 def test_lengths_are_not_read_or_written_through_a_link(
@@ -243,7 +264,9 @@ def test_lengths_are_not_read_or_written_through_a_link(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Metric("dot"), "similarity 'dot' is unknown; choose ip, cosine"),
+        (lambda: Metric("dot"), "similarity 'dot' is unknown; choose ip, cosine, relative"),
+        (lambda: Metric("relative", "both"), "preconditioning is 'both'; choose .* 'query'"),
+        (lambda: Metric("relative"), "preconditioning is 'none'; choose .* 'query'"),
         (lambda: Metric("ip", "rows"), "choose none, query, both"),
         (lambda: Metric(damping=0.0), "damping is 0.0"),
         (lambda: Metric(damping=float("nan")), "damping is nan"),

@@ -20,6 +20,7 @@ from headwater.attribution import (
     Recipe,
     contrast_rows,
     image_rows,
+    journey_rows,
     slider_rows,
 )
 from headwater.benchmarks import measure as measuring
@@ -83,7 +84,7 @@ def test_scores_equal_dense_float64_algebra(
         torch.testing.assert_close(answers.scores(damping).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["contrast", "image", "slider"])
+@pytest.mark.parametrize("kind", ["contrast", "image", "journey", "slider"])
 def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) -> None:
     engine = Engine(study.model, RECIPE)
     rows = query_rows(study, engine, kind)
@@ -97,6 +98,9 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
                 one = contrast_rows(engine, x_0, [question.prompt], [question.contrast], key)
             elif kind == "image":
                 one = image_rows(engine, x_0, [question.prompt], key)
+            elif kind == "journey":
+                path = study.path(engine, [place * 2 + seed])
+                one = journey_rows(engine, path, key, 7.5)
             else:
                 path = study.path(engine, [place * 2 + seed])
                 one = slider_rows(engine, path, [question.contrast])

@@ -1,0 +1,274 @@
+"""Published methods against their papers' definitions: plain losses, plain autograd, plain sums."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import Command
+from torch import Tensor
+
+from headwater import Asking, Concept, Index, QueryError, build_index
+from headwater.attribution import (
+    Engine,
+    Model,
+    ModelError,
+    Point,
+    Recipe,
+    contrast_rows,
+    ddim_grid,
+    differences,
+    feature_space,
+    feature_space_id,
+    generation_path,
+    journey_rows,
+    kept,
+    resolved,
+    seeded_noise,
+    slider_rows,
+)
+from headwater.attribution.conditions import Conditions
+from headwater.index import StoredIndex
+
+CAPTIONS = ["a red cat", "the dog in a house", "a blue drawing"]
+KEYS = ["one", "two", "three"]
+PARAMETERS = r"attn2\.to_[kv]"
+
+# What each method differentiates, as its paper writes it: (e, eps) -> scalar.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dsm": lambda e, eps: (e - eps).square().sum() / 2,
+    "dtrak": lambda e, eps: e.square().sum() / 2,
+    "das": lambda e, eps: e.abs().sum(),
+    "das-mean": lambda e, eps: e.mean(),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model.from_pipeline(tiny.stable_diffusion(), device="cpu")
+
+
+def engine_for(model: Model, method: str, **settings: object) -> Engine:
+    values = {"parameters": PARAMETERS, "projection": "identity", "timesteps": 3, "steps": 6}
+    return Engine(model, Recipe(method=method, **{**values, **settings}))  # type: ignore[arg-type]
+
+
+def samples(count: int = 3) -> Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def conditions(states: Conditions | None, i: int) -> dict[str, Tensor]:
+    assert states is not None
+    return states.rows(slice(i, i + 1)).tensors
+
+
+def autograd(
+    engine: Engine, point: Point, i: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """The gradient of a loss of sample i by its selected parameters, one tensor per layer."""
+    denoiser = copy.deepcopy(engine.model.denoiser).requires_grad_(True)
+    where = dict(denoiser.named_modules())
+    weights = [where[layer.name].weight for layer in engine.selection.layers]
+    heard = conditions(point.states, i)
+    e = denoiser(point.x_t[i : i + 1], point.t[i : i + 1], **heard).sample
+    return [g.flatten() for g in torch.autograd.grad(loss(e, point.eps[i : i + 1]), weights)]
+
+
+def scaled(gradients: list[Tensor], scaling: str) -> Tensor:
+    whole = torch.cat(gradients)
+    return whole / whole.norm() if scaling == "timestep" else whole
+
+
+@pytest.mark.parametrize("scaling", ["timestep", "none"])
+@pytest.mark.parametrize("method", LOSSES)
+def test_rows_are_sums_of_scaled_gradients_of_the_loss(
+    method: str, scaling: str, model: Model
+) -> None:
+    engine = engine_for(model, method, scaling=scaling)
+    rows = engine.rows(samples(), CAPTIONS, KEYS)
+    points = list(engine.points(samples(), CAPTIONS, KEYS))
+    for i in range(len(KEYS)):
+        parts = [autograd(engine, point, i, LOSSES[method]) for point in points]
+        expected = sum(scaled(part, scaling) for part in parts)
+        torch.testing.assert_close(rows.features[i], expected, rtol=1e-4, atol=1e-5)
+        norms = [float(torch.cat(part).norm()) for part in parts]
+        assert float(rows.norms[i]) == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_weight_of_das_as_released(model: Model) -> None:
+    engine = engine_for(model, "das-mean")
+    points = list(engine.points(samples(), CAPTIONS, KEYS))
+    with torch.no_grad():
+        e = [model.noise(point.x_t, point.t, point.states) for point in points]
+    found = engine.rows(samples(), CAPTIONS, KEYS).weights
+    for i in range(len(KEYS)):
+        roots = [
+            float((a[i] - point.eps[i]).square().mean().sqrt())
+            for a, point in zip(e, points, strict=True)
+        ]
+        expected = np.mean([root / np.linalg.norm(roots) for root in roots])
+        assert float(found[i]) == pytest.approx(expected, rel=1e-5)
+        assert 1 / 3 < expected < 1 / 3**0.5
+
+
+@pytest.mark.parametrize("scaling", ["timestep", "none"])
+def test_queries_are_scaled_like_rows(scaling: str, model: Model) -> None:
+    engine = engine_for(model, "dtrak", scaling=scaling)
+    lacking, _ = engine.states(["a drawing"] * 3)
+    points = list(engine.points(samples(), CAPTIONS, KEYS))
+    contrast = contrast_rows(engine, samples(), CAPTIONS, ["a drawing"] * 3, KEYS)
+    slider = slider_rows(engine, points, ["a drawing"] * 3)
+    for i in range(len(KEYS)):
+        expected = torch.zeros(2, engine.projector.dim)
+        for point in points:
+            without = Point(point.x_t, point.t, point.x_0, point.eps, lacking, point.null)
+            expected[0] += scaled(autograd(engine, point, i, LOSSES["dtrak"]), scaling)
+            expected[0] -= scaled(autograd(engine, without, i, LOSSES["dtrak"]), scaling)
+            with torch.no_grad():
+                difference = model.noise(point.x_t, point.t, lacking) - model.noise(
+                    point.x_t, point.t, point.states
+                )
+            v = difference[i : i + 1]
+            slide = autograd(engine, point, i, lambda e, eps, v=v: (e * v).sum())  # type: ignore[misc]
+            expected[1] += scaled(slide, scaling)
+        torch.testing.assert_close(contrast[i], expected[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(slider[i], expected[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["timestep", "none"])
+def test_journey_is_the_loss_at_what_the_path_expects(scaling: str, model: Model) -> None:
+    guidance = 3.0
+    engine = engine_for(model, "dsm", scaling=scaling)
+    states, null = engine.states(CAPTIONS)
+    grid, x_t = ddim_grid(model, 6), samples()
+    _, points = generation_path(
+        model, x_t, states, null, grid=grid, timesteps=engine.timesteps, guidance=guidance
+    )
+    found = journey_rows(engine, points, KEYS, guidance)
+    assert [int(point.t[0]) for point in points] == kept(grid, 3)
+    for i, key in enumerate(KEYS):
+        noise = seeded_noise(0, f"journey/{key}", (3, 4, 8, 8))
+        expected = torch.zeros(engine.projector.dim)
+        for index, point in enumerate(points):
+            x, t = point.x_t[i : i + 1], point.t[i : i + 1]
+            with torch.no_grad():
+                e = model.denoiser(x, t, **conditions(states, i)).sample
+                empty = model.denoiser(x, t, **conditions(null, i)).sample
+            guided = empty + guidance * (e - empty)
+            left = model.schedule.scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+            clean = (x - (1 - left).sqrt() * guided) / left.sqrt()
+            eps = noise[index : index + 1]
+            noised = left.sqrt() * clean + (1 - left).sqrt() * eps
+            at = Point(noised, t, clean, eps, states.rows(slice(i, i + 1)), None)  # type: ignore[union-attr]
+            expected += scaled(autograd(engine, at, 0, LOSSES["dsm"]), scaling)
+        torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_journey_stays_within_the_bounds_that_the_scheduler_sets() -> None:
+    model = Model.from_pipeline(tiny.pixel_diffusion(), device="cpu")
+    assert model.schedule.clip == 1.0
+    engine = engine_for(model, "dsm", parameters="conv_out")
+    x_t = 3 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    seen = []
+    real = engine.gradient
+
+    def watched(point: Point, *more: object) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(point)
+        return real(point, *more)  # type: ignore[arg-type]
+
+    engine.gradient = watched  # type: ignore[method-assign, assignment]
+    points = list(engine.points(x_t, ["", ""], ["a", "b"]))
+    journey_rows(engine, points, ["a", "b"], 7.5)
+    assert len(seen) == 3
+    for point in seen:
+        assert float(point.x_0.abs().max()) == 1.0
+        a, s = model.coefficients(point.t)
+        torch.testing.assert_close(point.x_t, a * point.x_0 + s * point.eps)
+
+
+def test_a_field_that_old_indexes_lack_changes_nothing_at_its_default(model: Model) -> None:
+    recipe = resolved(Recipe(), model)
+    space = feature_space(recipe, {"unet": "0"})
+    old = {name: value for name, value in asdict(recipe).items() if name != "scaling"}
+    assert space == {"code": 2, "recipe": old, "model": {"unet": "0"}}
+    assert Recipe.from_dict(old) == recipe
+    other = feature_space(resolved(Recipe(scaling="none"), model), {"unet": "0"})
+    assert differences(other, space) == ["recipe.scaling (none against unset)"]
+    assert feature_space_id(other) != feature_space_id(space)
+    assert Recipe.from_dict(other["recipe"]).scaling == "none"
+    with pytest.raises(ModelError, match="scaling 'row' is unknown; choose timestep, none"):
+        Recipe(scaling="row")
+
+
+def test_raw_rows_through_the_command_line(
+    headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path
+) -> None:
+    """TRAK, Journey-TRAK and Relative-IF on one index of raw gradients, against dense float64."""
+    folder, model = tmp_path / "i", Model.from_pretrained(model_folder, device="cpu")
+    small = ("--timesteps", 2, "--dim", 256, "--quiet", "--device", "cpu")
+    words = ("ingest", corpus, "--model", model_folder, "--out", folder, "--method", "dsm")
+    code, _, err = headwater(*words, "--scaling", "none", *small)
+    assert code == 0, err
+    code, _, err = headwater(*words, *small)
+    assert code == 2
+    assert "recipe.scaling (unset against none)" in err
+    stored = StoredIndex.open(folder)
+    phi = np.concatenate([block for _, block in stored.blocks()]).astype(np.float64)
+    norms = stored.items()["row_norm"].to_numpy()
+    assert norms.std() > 0.01 * norms.mean()
+    k = phi.T @ phi
+    inverse = np.linalg.inv(k + 3.0 * np.trace(k) / len(phi) * np.eye(len(k)))
+    ids = stored.items()["item_id"].to_pylist()
+    for method, similarity in (("image", "ip"), ("image", "relative"), ("journey", "ip")):
+        asked = ("--method", method, "--similarity", similarity, "--json", tmp_path / "r")
+        code, _, err = headwater(
+            "query", folder, "--model", model_folder, "--prompt", "a red cat",
+            "--seeds", 2, "--top", 12, "--quiet", "--device", "cpu", *asked,
+        )  # fmt: skip
+        assert code == 0, err
+        engine = Engine(model, Index(folder).recipe)
+        assert engine.recipe.scaling == "none"
+        states, null = engine.states(["a red cat"] * 2)
+        keys = ["query/0", "query/1"]
+        x_T = torch.stack([seeded_noise(0, f"generate/{key}", (4, 8, 8)) for key in keys])
+        x_0, path = generation_path(
+            model, x_T, states, null,
+            grid=ddim_grid(model, 50), timesteps=engine.timesteps, guidance=7.5,
+        )  # fmt: skip
+        if method == "journey":
+            rows = journey_rows(engine, path, keys, 7.5)
+        else:
+            rows = engine.rows(x_0, ["a red cat"] * 2, keys).features
+        solved = inverse @ rows.double().mean(0).numpy()
+        expected = phi @ solved
+        if similarity == "relative":
+            expected /= np.linalg.norm(phi @ inverse, axis=1)
+        by_id = dict(zip(ids, expected, strict=True))
+        hits = json.loads((tmp_path / "r").read_text())["hits"]
+        tolerance = 1e-3 * np.abs(expected).max()
+        assert [hit["score"] for hit in hits] == pytest.approx(
+            [by_id[hit["item_id"]] for hit in hits], abs=tolerance
+        )
+        assert len(hits) == 12
+
+
+def test_refused_questions(tmp_path: Path, corpus: Path, model_folder: Path) -> None:
+    with pytest.raises(QueryError, match="choose preconditioning 'query', or similarity 'cosine'"):
+        Asking(similarity="relative", preconditioning="none")
+    model = Model.from_pretrained(model_folder, device="cpu")
+    build_index(corpus, model, tmp_path / "i", recipe=Recipe(timesteps=1, dim=16))
+    index = Index(tmp_path / "i")
+    journey = Asking(method="journey", seeds=1, steps=4)
+    with pytest.raises(QueryError, match="a given picture has none; leave out --image"):
+        index.query(Concept("a cat", image="a.png"), model, asking=journey)
+    with pytest.raises(QueryError, match="'journey' takes no contrast"):
+        index.query(Concept("a cat", contrast="a dog"), model, asking=journey)
+    (warning,) = index.query(Concept("a red cat"), model, asking=journey, top=3).warnings
+    assert "a journey has no defined direction against dtrak rows" in warning
