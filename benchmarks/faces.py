@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from headwater.benchmarks.world_study import SMALL, run_world
 from headwater.benchmarks.worlds import World
+
+__all__ = ["SMALL", "run"]
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -134,6 +140,17 @@ def caption(values: Sequence[str | None]) -> str:
     return "a face" + (f" with {' and '.join(named)}" if named else "")
 
 
+INTRO = """
+A model was trained on drawn faces with or without glasses, a hat and a smile, and never saw all
+three together. It draws such a face, and each method ranks the training images by how much they
+taught it the glasses, the hat and the smile ("unseen"); the same is asked of pictures of
+combinations that it saw, for what their captions name ("seen"). No image carries all three concepts
+of an unseen picture, so one ranking for its questions is right for at most 2/3 on average. Captions
+name what is there, so caption search is right by construction.
+
+Published (Concept-TRAK, 2507.06547, on CelebA-HQ; its own model and scale, lambda chosen by test
+recall), unseen: Concept-TRAK .97, DAS .67, TRAK .60, D-TRAK .30.
+"""
 WORLD = World(
     name="faces",
     attributes={
@@ -146,3 +163,8 @@ WORLD = World(
     caption=caption,
     reduced=0.0,
 )
+
+
+def run(out: Path, **settings: Any) -> pa.Table:
+    """The benchmark with the settings of `run_world`, or `SMALL` for two cores."""
+    return run_world(WORLD, INTRO, out, **settings)

@@ -105,11 +105,13 @@ def generate(
 
 
 def sheet(rows: Sequence[torch.Tensor], path: Path) -> None:
-    """Rows of pictures [C, 3, 64, 64] as one PNG, twice enlarged."""
+    """Rows of pictures [C, 3, 64, 64] as one PNG, twice enlarged; C may differ."""
     lines = []
+    longest = max(len(row) for row in rows)
     for row in rows:
         padded = F.pad(row.float().cpu().clamp(-1, 1), (2, 2, 2, 2), value=0.0)
-        lines.append(torch.cat(list(padded), dim=2))
+        line = torch.cat(list(padded), dim=2)
+        lines.append(F.pad(line, (0, 68 * (longest - len(row)))))
     pixels = torch.cat(lines, dim=1).add(1.0).mul(127.5).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels)
     picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path)

@@ -191,14 +191,11 @@ def nonsense(images: torch.Tensor, seed: int) -> torch.Tensor:
     """For each image [N, 3, 64, 64] one of nothing: its tiles shuffled, blotches, or one colour."""
     generator = torch.Generator().manual_seed(seed)
     tiles = F.unfold(images, 8, stride=8)  # [N, 3 * 8 * 8, 64]
-    shuffled = F.fold(tiles[:, :, torch.randperm(64, generator=generator)], 64, 8, stride=8)
-    found = []
-    for number, image in enumerate(shuffled):
-        side = (64, 4, 1)[number % 3]  # 1: one colour
-        noise = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
-        blotches = F.interpolate(noise, 64, mode="bilinear" if side > 1 else "nearest")[0]
-        found.append(image if side == 64 else blotches)
-    return torch.stack(found)
+    found = F.fold(tiles[:, :, torch.randperm(64, generator=generator)], 64, 8, stride=8)
+    for first, side in ((1, 4), (2, 1)):
+        colours = torch.rand(len(found[first::3]), 3, side, side, generator=generator) * 2 - 1
+        found[first::3] = F.interpolate(colours, 64, mode="bilinear")
+    return found
 
 
 def _same_settings(file: Path, world: World, images: int, cfg: Settings) -> None:

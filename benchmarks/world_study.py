@@ -7,8 +7,7 @@ OUT/top10.png                  one picture of the unseen combination, every meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,106 +15,148 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from headwater.attribution import Model
+from headwater.attribution import Model, Recipe
 from headwater.benchmarks import world_models
 from headwater.benchmarks.measure import measure
+from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.record import grid, write
 from headwater.benchmarks.small_models import Settings
 from headwater.benchmarks.small_training import Progress
-from headwater.benchmarks.study import Configuration, Corpus, Study
+from headwater.benchmarks.study import Configuration, Corpus, Say, Study
 from headwater.benchmarks.worlds import Pictures, World, questions
+
+TRAINING = {"vae_steps": 1500}
+# For two cores and minutes: the demo's autoencoder as it is, a UNet of a million parameters.
+SMALL: dict[str, Any] = {
+    "images": 2000,
+    "replicates": 1,
+    "pictures": 4,
+    "seeds": 2,
+    "batch": 64,
+    "device": "cpu",
+    "training": {
+        "vae_steps": 0,
+        "steps": 1600,
+        "batch_size": 32,
+        "unet_widths": [32, 48, 48],
+        "text_width": 32,
+        "dropout": 0.1,
+        "classifier_images": 600,
+        "classifier_steps": 250,
+        "classifier_width": 8,
+        "sampling_steps": 20,
+    },
+    "recipe": {"dim": 1024, "timesteps": 5, "steps": 10},
+}
 
 
 def run_world(
     world: World,
-    out: Path,
-    settings: Mapping[str, Any],
-    configurations: Mapping[str, Configuration],
     intro: str,
-    say: Callable[[str], object],
+    out: Path,
+    *,
+    images: int = 10_000,
+    replicates: int = 5,
+    pictures: int = 8,
+    seeds: int = 4,
+    batch: int = 512,
+    training: Mapping[str, Any] = TRAINING,
+    methods: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+    device: str = "cuda",
+    dtype: str = "auto",
+    say: Say = print,
 ) -> pa.Table:
-    """Train what is not there, gate it, ask, and write the record.
+    """Train what is not there, gate it, ask every method, and write the record.
 
     Args:
         world: what is drawn.
-        out: folder of the record and of the models, so that a broken run goes on.
-        settings: `images`, `replicates`, `pictures`, `seeds`, `batch`, `device`, `dtype`,
-            `training` (fields of `Settings`), `methods` (names; none for all) and `recipe`
-            (fields that every method's recipe is given).
-        configurations: the methods by name.
         intro: for the record, in Markdown.
+        out: folder of the record and of the models; a run that was broken off goes on.
+        images: in the training set.
+        replicates: training seeds, each a model.
+        pictures: asked about, of each combination.
+        seeds: drawings of each picture, averaged in a query.
+        batch: images per forward pass.
+        training: fields of `small_models.Settings` that differ from their defaults.
+        methods: names in `methods.METHODS_TABLE`; none for all.
+        recipe: fields that the recipes of all methods share.
+        device: where everything runs.
+        dtype: of the passes that attribute; `auto` is bfloat16 on a GPU.
         say: hears a line now and then.
 
+    Returns:
+        A row for each method, question and damping, by `measure.SCHEMA`.
+
     Raises:
-        GateError: a model does not draw the combination that it never saw.
-        ValueError: `methods` names one that is unknown, or `out` holds other models.
+        GateError: a model does not draw the combination that it never saw; the run is void.
+        ValueError: an unknown method, or `out` holds models trained with other settings.
     """
-    chosen = _chosen(configurations, settings)
-    device = torch.device(settings["device"])
-    pictures = world_models.corpus(world, settings["images"])
+    settings = {
+        "images": images,
+        "replicates": replicates,
+        "pictures": pictures,
+        "seeds": seeds,
+        "batch": batch,
+        "training": dict(training),
+        "methods": list(methods),
+        "recipe": dict(recipe or {}),
+        "device": device,
+        "dtype": dtype,
+    }
+    chosen = _chosen(methods, Recipe(**(recipe or {})))
+    corpus = world_models.corpus(world, images)
+    cfg = Settings(**training)
+    where = torch.device(device)
     folders = world_models.models(
-        out / "models",
-        world,
-        pictures,
-        Settings(**settings["training"]),
-        settings["replicates"],
-        device,
-        Progress(say),
+        out / "models", world, corpus, cfg, replicates, where, Progress(say)
     )
     tables = []
     for replicate, folder in enumerate(folders):
-        study = study_of(world, folder, pictures, replicate, settings)
+        model = Model.from_pretrained(folder, device=device, dtype=dtype)
+        study = Study(
+            name=world.name,
+            model=model,
+            corpus=_as_seen(world, model, corpus),
+            questions=questions(world, corpus, pictures),
+            seeds=seeds,
+            batch=batch,
+            replicate=cfg.seed + replicate,
+        )
         tables.append(measure(study, chosen, say))
         if replicate == 0:
-            _top10(study, tables[0], pictures, out / "top10.png")
+            _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
     metrics = {q.concept: "precision_at_10" for q in study.questions}
-    write(out, world.name, settings, table, metrics, intro=intro, device=settings["device"])
+    write(out, world.name, settings, table, metrics, intro=intro, device=device)
     return table
 
 
-def study_of(
-    world: World, folder: Path, pictures: Pictures, replicate: int, settings: Mapping[str, Any]
-) -> Study:
-    """The questions about one model."""
-    model = Model.from_pretrained(folder, device=settings["device"], dtype=settings["dtype"])
-    x_0 = torch.cat([model.encode_images(part) for part in pictures.images.split(256)])
-    captions = tuple(world.caption(values) for values in pictures.values)
-    return Study(
-        name=world.name,
-        model=model,
-        corpus=Corpus(x_0, captions, pictures.keys),
-        questions=questions(world, pictures, settings["pictures"]),
-        seeds=settings["seeds"],
-        batch=settings["batch"],
-        replicate=replicate,
-    )
+def _as_seen(world: World, model: Model, corpus: Pictures) -> Corpus:
+    """The training images in the model's latents, with their full captions."""
+    x_0 = torch.cat([model.encode_images(part) for part in corpus.images.split(256)])
+    captions = tuple(world.caption(values) for values in corpus.values)
+    return Corpus(x_0, captions, corpus.keys)
 
 
-def _chosen(
-    configurations: Mapping[str, Configuration], settings: Mapping[str, Any]
-) -> list[Configuration]:
-    names = settings["methods"] or list(configurations)
-    unknown = [name for name in names if name not in configurations]
+def _chosen(names: Sequence[str], base: Recipe) -> list[Configuration]:
+    known = configurations(base)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        known = ", ".join(configurations)
-        raise ValueError(f"method {unknown[0]!r} is unknown; choose from {known}")
-    return [
-        replace(configurations[n], recipe=replace(configurations[n].recipe, **settings["recipe"]))
-        for n in names
-    ]
+        raise ValueError(f"method {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
-def _top10(study: Study, table: pa.Table, pictures: Pictures, path: Path) -> None:
+def _top10(study: Study, table: pa.Table, corpus: Pictures, path: Path) -> None:
     """What each method finds, unasked for a lambda, for the first picture."""
-    place = {key: number for number, key in enumerate(pictures.keys)}
+    place = {key: number for number, key in enumerate(corpus.keys)}
     picture, prompt = study.asked[0]
     asked = _image(study.model.decode(study.pictures[:1])[0])
     lines = []
     for row in table.to_pylist():
         if row["picture"] == picture and row["label_free"]:
             truth = study.questions[row["question"]].truth
-            hits = [(_image(pictures.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
+            hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
             title = f"{row['concept']} of “{prompt}”: {row['method']}"
             lines.append((title, asked, hits))
     grid(lines, path)
