@@ -27,6 +27,7 @@ from headwater.benchmarks.small_models import (
     build_scheduler,
     build_text_encoder,
     build_unet,
+    build_vae,
     count,
     token_ids,
 )
@@ -172,10 +173,12 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def train_vae(vae: Any, images: torch.Tensor, cfg: Settings, progress: Progress) -> None:
-    """Fit the autoencoder, new or trained before, to ``images`` [N, 3, 64, 64]."""
+def train_vae(images: torch.Tensor, cfg: Settings, progress: Progress) -> Any:
+    """An autoencoder of ``images`` [N, 3, 64, 64]."""
     device = images.device
-    vae.train()
+    torch.manual_seed(cfg.seed)
+    vae = build_vae(cfg).to(device).train()
+    progress.say(f"{len(images)} images; autoencoder {count(vae):,} parameters")
     generator = torch.Generator(device).manual_seed(cfg.seed + 1)
     rows = torch.empty(cfg.vae_batch_size, dtype=torch.long, device=device)
     noise = torch.empty(cfg.vae_batch_size, 4, 16, 16, device=device)
@@ -203,7 +206,7 @@ def train_vae(vae: Any, images: torch.Tensor, cfg: Settings, progress: Progress)
     live = list(vae.parameters())
     trainer = Trainer(draw, loss, live, progress, weight_decay=1e-4, graph=cfg.graph)
     trainer.fit(cfg.vae_steps, 1.5e-3, max(1, cfg.vae_steps // 20), 8, report)
-    vae.eval()
+    return vae.eval()
 
 
 @torch.no_grad()

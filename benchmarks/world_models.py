@@ -18,7 +18,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def models(
         images = pictures.images.to(device)
         vae = _autoencoder(out / "vae", images, cfg, progress)
         classifier, accuracy = recogniser(world, vae, cfg, device)
-        progress.say(f"classifier on fresh renders, as they are and as decoded: {accuracy}")
+        progress.say(f"classifier on fresh renders: {accuracy}")
         progress.stage_done("classifier")
         for number, folder in enumerate(folders):
             if not folder.exists():
@@ -183,8 +182,12 @@ def recogniser(
     classes = [len(values) + 1 for values in world.attributes.values()]
     classifier = train_classifier(*labelled(cfg.classifier_images, CLASSIFIER_STREAM), classes, cfg)
     images, labels = labelled(cfg.classifier_images // 4, CHECK_STREAM)
-    right = (classify(classifier, images) == labels).float().mean(0).tolist()
-    return classifier, {n: round(r, 4) for n, r in zip(world.attributes, right, strict=True)}
+    right = (classify(classifier, images) == labels).float()
+    accuracy = {}
+    for kind, of in zip(("", ", decoded"), right.chunk(2), strict=True):
+        for attribute, share in zip(world.attributes, of.mean(0).tolist(), strict=True):
+            accuracy[attribute + kind] = round(share, 4)
+    return classifier, accuracy
 
 
 def nonsense(images: torch.Tensor, seed: int) -> torch.Tensor:
@@ -212,17 +215,14 @@ def _same_settings(file: Path, world: World, images: int, cfg: Settings) -> None
 
 
 def _autoencoder(folder: Path, images: torch.Tensor, cfg: Settings, progress: Progress) -> Any:
-    """The demo's autoencoder, fitted to the world's pictures for `vae_steps` steps."""
-    with as_file(files("headwater.demo") / "model" / "vae") as demo:
-        vae: Any = AutoencoderKL.from_pretrained(folder if folder.exists() else demo)
-    vae = vae.float().to(images.device).eval()
+    """Trained on the world's pictures; it has never seen the held-out combination, either."""
     if not folder.exists():
-        if cfg.vae_steps:
-            torch.manual_seed(cfg.seed)
-            train_vae(vae, images, cfg, progress)
-        vae.save_pretrained(folder)
+        part = folder.with_name(folder.name + ".part")
+        train_vae(images, cfg, progress).save_pretrained(part)
+        part.rename(folder)
         progress.stage_done("autoencoder")
-    return vae
+    vae: Any = AutoencoderKL.from_pretrained(folder)
+    return vae.to(images.device).eval()
 
 
 def _train(

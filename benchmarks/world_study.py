@@ -25,17 +25,18 @@ from headwater.benchmarks.small_training import Progress
 from headwater.benchmarks.study import Configuration, Corpus, Say, Study
 from headwater.benchmarks.worlds import Pictures, World, questions
 
-TRAINING = {"vae_steps": 1500}
-# For two cores and minutes: the demo's autoencoder as it is, a UNet of a million parameters.
+# For two cores and minutes: a UNet of a million parameters.
 SMALL: dict[str, Any] = {
-    "images": 2000,
+    "images": 1000,
     "replicates": 1,
     "pictures": 4,
     "seeds": 2,
     "batch": 64,
     "device": "cpu",
     "training": {
-        "vae_steps": 0,
+        "vae_steps": 400,
+        "vae_batch_size": 16,
+        "vae_widths": [16, 16, 32],
         "steps": 1600,
         "batch_size": 32,
         "unet_widths": [32, 48, 48],
@@ -60,7 +61,7 @@ def run_world(
     pictures: int = 8,
     seeds: int = 4,
     batch: int = 512,
-    training: Mapping[str, Any] = TRAINING,
+    training: Mapping[str, Any] | None = None,
     methods: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
     device: str = "cuda",
@@ -98,7 +99,7 @@ def run_world(
         "pictures": pictures,
         "seeds": seeds,
         "batch": batch,
-        "training": dict(training),
+        "training": dict(training or {}),
         "methods": list(methods),
         "recipe": dict(recipe or {}),
         "device": device,
@@ -106,7 +107,7 @@ def run_world(
     }
     chosen = _chosen(methods, Recipe(**(recipe or {})))
     corpus = world_models.corpus(world, images)
-    cfg = Settings(**training)
+    cfg = Settings(**(training or {}))
     where = torch.device(device)
     folders = world_models.models(
         out / "models", world, corpus, cfg, replicates, where, Progress(say)
@@ -122,6 +123,8 @@ def run_world(
             seeds=seeds,
             batch=batch,
             replicate=cfg.seed + replicate,
+            steps=cfg.sampling_steps,  # drawn as at the gate
+            guidance=cfg.guidance,
         )
         tables.append(measure(study, chosen, say))
         if replicate == 0:
