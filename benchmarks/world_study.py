@@ -17,7 +17,7 @@ from PIL import Image
 
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks import world_models
-from headwater.benchmarks.measure import measure
+from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.record import grid, write
 from headwater.benchmarks.small_models import Settings
@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
         "text_width": 32,
         "dropout": 0.1,
         "classifier_images": 600,
-        "classifier_steps": 250,
+        "classifier_steps": 600,
         "classifier_width": 8,
         "sampling_steps": 20,
     },
@@ -151,17 +151,20 @@ def _chosen(names: Sequence[str], base: Recipe) -> list[Configuration]:
 
 
 def _top10(study: Study, table: pa.Table, corpus: Pictures, path: Path) -> None:
-    """What each method finds, unasked for a lambda, for the first picture."""
+    """What each method finds for the first picture, with the lambda that it chooses itself."""
     place = {key: number for number, key in enumerate(corpus.keys)}
     picture, prompt = study.asked[0]
     asked = _image(study.model.decode(study.pictures[:1])[0])
+    rows = [
+        row
+        for row in table.to_pylist()
+        if row["picture"] == picture and row["label_free"] and row["method"] not in BASELINES
+    ]
     lines = []
-    for row in table.to_pylist():
-        if row["picture"] == picture and row["label_free"]:
-            truth = study.questions[row["question"]].truth
-            hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
-            title = f"{row['concept']} of “{prompt}”: {row['method']}"
-            lines.append((title, asked, hits))
+    for row in sorted(rows, key=lambda row: row["question"]):  # stable: methods in their order
+        truth = study.questions[row["question"]].truth
+        hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
+        lines.append((f"{row['concept']} of “{prompt}”: {row['method']}", asked, hits))
     grid(lines, path)
 
 

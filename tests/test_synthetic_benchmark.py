@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
         "batch_size": 24,
         "unet_widths": [16, 24, 24],
         "classifier_images": 240,
-        "classifier_steps": 120,
+        "classifier_steps": 300,
         "gate_images": 4,
         "sampling_steps": 3,
     },
@@ -129,7 +129,7 @@ def test_gate_refuses_a_model_that_draws_no_red_triangle(void: tuple[Path, str])
     assert not record["passed"]
     assert record["joint_rate"] < 0.5
     accuracy = record["classifier_accuracy"]  # so it is not the classifier that sees none
-    assert min(accuracy["shape"], accuracy["colour"]) > 0.9
+    assert min(accuracy["shape"], accuracy["colour"]) > 0.8
     assert set(accuracy) == {"shape", "colour", "shape, decoded", "colour, decoded"}
     assert "'a red triangle'" in said
     assert "void" in said
@@ -181,6 +181,7 @@ def test_contrast_finds_carriers_of_the_asked_concept(measured: tuple[Path, pa.T
     assert mean("caption search (BM25)", UNSEEN + SEEN) == 1.0
     assert mean("ceiling of one ranking", UNSEEN) == 0.5
     assert mean("headwater", SEEN) >= 0.8
+    assert mean("headwater", UNSEEN) > 0.6
     assert mean("random", SEEN) < 0.8
 
 
