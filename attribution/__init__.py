@@ -28,7 +28,6 @@ Knows no files and no index.
 
 from .batching import BatchChoice, choose_batch
 from .curvature import Curvature, Gram, dual_curvature
-from .damping import label_free_damping
 from .engine import Engine, Rows
 from .errors import ModelError
 from .execution import Execution
@@ -44,7 +43,7 @@ from .rewards import (
     reward_rows,
     slider_rows,
 )
-from .trajectory import ddim_grid, generation_path, kept, seeded_noise
+from .trajectory import ddim_grid, generation_path, kept, seeded_noise, stretch
 
 __all__ = [
     "METHODS",
@@ -74,10 +73,10 @@ __all__ = [
     "image_rows",
     "journey_rows",
     "kept",
-    "label_free_damping",
     "quiet_libraries",
     "resolved",
     "reward_rows",
     "seeded_noise",
     "slider_rows",
+    "stretch",
 ]

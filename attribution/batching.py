@@ -70,7 +70,7 @@ def _measure(engine: Engine, size: int) -> BatchChoice:
     inverted = recipe.trajectory == "inversion"
 
     def run() -> None:
-        engine.method_gradient(point)
+        engine.row_gradient(point)
 
     def walk() -> None:
         with torch.no_grad():

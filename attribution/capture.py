@@ -38,7 +38,7 @@ class Capture:
         self._parts: dict[str, dict[str, Tensor]] = {}  # of layers that were called several times
         self._rows = torch.zeros(batch, projector.dim, device=device)
         self._square = torch.zeros(batch, device=device)
-        self._pulling = False
+        self._pulling = self._unit_layers = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> Capture:
@@ -70,20 +70,22 @@ class Capture:
             handle.remove()
         self._parts.clear()
 
-    def pull(self, e: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(
+        self, e: Tensor, cotangent: Tensor, unit_layers: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Pull a cotangent of e [B, ...] back to the parameters; frees the graph.
 
         Returns:
-            Projected per-sample gradients [B, dim] and the exact norms [B] of the whole
-            gradients, float32.
+            Projected per-sample gradients [B, dim], with `unit_layers` each layer's part of unit
+            norm, and the exact norms [B] of the whole gradients, float32.
         """
-        self._pulling = True
+        self._pulling, self._unit_layers = True, unit_layers
         if self._calls:
             torch.autograd.grad(e, self.anchor, cotangent, allow_unused=True)
         # A call whose output does not reach e gets no gradient, and its layer waits for it.
         for layer in self._selection.layers:
             waiting = self._parts.pop(layer.name, {})
-            project(self._projector, layer, waiting, self._rows, self._square)
+            self._project(layer, waiting)
         return self._rows, self._square.sqrt()
 
     @torch.no_grad()
@@ -96,7 +98,10 @@ class Capture:
         if self._calls[layer.name]:
             self._parts[layer.name] = found
         else:
-            project(self._projector, layer, found, self._rows, self._square)
+            self._project(layer, found)
+
+    def _project(self, layer: Layer, found: dict[str, Tensor]) -> None:
+        project(self._projector, layer, found, self._rows, self._square, self._unit_layers)
 
 
 def with_call(
@@ -109,9 +114,23 @@ def with_call(
 
 
 def project(
-    projector: Projector, layer: Layer, found: dict[str, Tensor], rows: Tensor, square: Tensor
+    projector: Projector,
+    layer: Layer,
+    found: dict[str, Tensor],
+    rows: Tensor,
+    square: Tensor,
+    unit: bool,
 ) -> None:
-    """Add a layer's per-sample gradients to the rows [B, dim] and their squared norms [B]."""
+    """Add a layer's per-sample gradients to the rows [B, dim] and their squared norms [B].
+
+    With `unit`, each row gets the layer's gradient over its norm; `square` is of the gradient.
+    """
+    if unit:
+        part, length = torch.zeros_like(rows), torch.zeros_like(square)
+        project(projector, layer, found, part, length, unit=False)
+        rows += part / length.where(length != 0, 1.0).sqrt()[:, None]
+        square += length
+        return
     for slot in layer.slots:
         if slot.role in found:
             flat = found[slot.role].reshape(len(rows), -1)

@@ -77,7 +77,9 @@ class CompiledDenoiser:
         finally:
             self._inputs = None
 
-    def pull(self, e: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(
+        self, e: Tensor, cotangent: Tensor, unit_layers: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """As `Capture.pull`."""
         assert self._inputs is not None
         rows = torch.zeros(len(e), self._projector.dim, device=e.device)
@@ -89,7 +91,7 @@ class CompiledDenoiser:
                 for call in self._calls.get(layer.name, ()):
                     if (gradient := gradients[call]) is not None:
                         found = with_call(found, layer, self._inputs[call], gradient)
-                project(self._projector, layer, found, rows, square)
+                project(self._projector, layer, found, rows, square, unit_layers)
         return rows, square.sqrt()
 
 

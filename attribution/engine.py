@@ -28,6 +28,7 @@ from .trajectory import (
     kept,
     noise_path,
     seeded_noise,
+    stretch,
 )
 
 # Relative difference of compiled and uncompiled rows that rounding explains. Torch's compiler has
@@ -67,7 +68,7 @@ class Engine:
         if self.execution.compile:
             self._graph = CompiledDenoiser(model.denoiser, self.selection, self.projector)
         self.grid = ddim_grid(model, recipe.steps)
-        self.timesteps = kept(self.grid, recipe.timesteps)
+        self.timesteps = kept(stretch(self.grid, recipe.levels), recipe.timesteps)
 
     def rows(self, x_0: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Rows:
         """Training rows of a batch; each depends on its own image, caption and key alone.
@@ -154,7 +155,7 @@ class Engine:
         norms = torch.zeros(len(x_0), device=x_0.device)
         losses = []
         for point in self.points(x_0, captions, keys):
-            gradient, norm, e = self.method_gradient(point)
+            gradient, norm, e = self.row_gradient(point)
             features += gradient
             norms += norm
             losses.append((e - point.eps).square().flatten(1).mean(1))
@@ -187,12 +188,12 @@ class Engine:
     ) -> Iterable[Point]:
         """x_0 with drawn noise, at every noise level."""
         # Copied once: a copy at every level would make the host wait for the level before.
-        noise = self.noise(keys).to(x_0.device)
+        noise = self.noise(keys, x_0.shape[1:]).to(x_0.device)
         return noise_path(self.model, x_0, states, null, timesteps=self.timesteps, noise=noise)
 
-    def noise(self, keys: Sequence[str]) -> Tensor:
-        """The noise of each key at every noise level: [B, T, C, h, w] on the host."""
-        shape = (len(self.timesteps), *self.model.sample_shape)
+    def noise(self, keys: Sequence[str], sample: Sequence[int]) -> Tensor:
+        """The noise of each key at every noise level, of samples (C, h, w): [B, T, C, h, w]."""
+        shape = (len(self.timesteps), *sample)
         if self.recipe.noise == "shared":
             keys = ["shared"] * len(keys)
         with ThreadPoolExecutor() as threads:  # numpy draws without the interpreter's lock
@@ -203,6 +204,16 @@ class Engine:
         """What the captions let the denoiser hear and, beside it, as many empty prompts."""
         heard = self.model.encode_prompts(captions, apart=self.batch_size > 0)
         return heard, self.model.encode_prompts([""] * len(captions))
+
+    def row_gradient(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
+        """What one noise level adds to a row: `method_gradient`, or what the caption changes in it.
+
+        Norm and e are the caption's in either case.
+        """
+        gradient, norm, e = self.method_gradient(point)
+        if self.method.against_null:
+            gradient = gradient - self.method_gradient(replace(point, states=point.null))[0]
+        return gradient, norm, e
 
     def method_gradient(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
         """`gradient` with the cotangent of the recipe's method."""
@@ -220,22 +231,35 @@ class Engine:
         Returns:
             [B, dim] float32, the norm [B] and the noise prediction e [B, C, h, w].
         """
-        projected, norm, e = self.raw_gradient(point, cotangent, through_input)
-        if self.recipe.scaling == "timestep":
+        scaling = self.recipe.scaling
+        projected, norm, factor, e = self._pulled(
+            point, cotangent, through_input, unit_layers=scaling == "layer"
+        )
+        if scaling == "timestep":
             projected = _unit(projected, norm)
-        return projected, norm, e
+        elif scaling == "none":
+            projected = projected / factor[:, None]
+        return projected, norm / factor, e
 
     def raw_gradient(
         self, point: Point, cotangent: Cotangent, through_input: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `gradient`, unscaled, with the exact norm [B] of the whole gradient."""
+        projected, norm, factor, e = self._pulled(point, cotangent, through_input)
+        return projected / factor[:, None], norm / factor, e
+
+    def _pulled(
+        self, point: Point, cotangent: Cotangent, through_input: bool, unit_layers: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `raw_gradient`, of the cotangent times a factor [B], which comes third."""
         point = replace(point, x_t=point.x_t.detach().requires_grad_(through_input))
         with torch.enable_grad(), self._running(), self._capture(point) as capture:
             e = self.model.noise(point.x_t, point.t, point.states)
             v = cotangent(self.model, point, e)
-            scale = _power_of_two(v)
-            projected, norm = capture.pull(e, v * scale.view(-1, *[1] * (v.ndim - 1)))
-        return projected / scale[:, None], norm / scale, e.detach()
+            factor = _power_of_two(v)
+            v = v * factor.view(-1, *[1] * (v.ndim - 1))
+            projected, norm = capture.pull(e, v, unit_layers)
+        return projected, norm, factor, e.detach()
 
     def _running(self) -> AbstractContextManager[None]:
         return running(self.execution, cudnn_attention=self.model.family.cudnn_attention)

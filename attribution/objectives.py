@@ -58,6 +58,7 @@ class Method:
     through_input: bool  # whether the cotangent differentiates e with respect to x_t
     source: str
     weight: Weight | None = None  # factor of a row's score; None: 1
+    against_null: bool = False  # whether a row is J^T v less the same of the empty prompt
 
 
 def denoising(model: Model, point: Point, e: Tensor) -> Tensor:
@@ -124,6 +125,14 @@ METHODS: dict[str, Method] = {
         loss_like=False,
         through_input=False,
         source="D-TRAK (2311.00500)",
+    ),
+    "dtrak-text": Method(
+        cotangent=output_norm,
+        trajectory="noise",
+        loss_like=False,
+        through_input=False,
+        source="what the caption changes in a D-TRAK row (ours)",
+        against_null=True,
     ),
     "das": Method(
         cotangent=output_sign,

@@ -298,7 +298,7 @@ class ClassUNet(DiT):
         if not c:
             raise ModelError(
                 "this model has no empty class to compare with; name two classes, or choose "
-                "another method than cfg"
+                "another method than cfg and dtrak-text"
             )
         return super().output(denoiser, x, time, c)
 

@@ -14,14 +14,15 @@ from .layers import default_parameters
 from .model import DTYPES, Model
 from .objectives import METHODS, TRAJECTORIES
 from .projection import KINDS
+from .trajectory import shares, stretch
 
 # Raise it when code changes what a recipe computes: old indexes then say so instead of mixing.
 CODE_VERSION = 2
 NOISES = ("image", "shared")
-SCALINGS = ("timestep", "none")
+SCALINGS = ("timestep", "layer", "none")
 # Fields that recipes did not have when this code version's first indexes were made: a feature
 # space names them only where they differ from their defaults, which are what was computed then.
-_ADDED = ("scaling",)
+_ADDED = ("scaling", "levels")
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,14 @@ class Recipe:
     trajectory: str = "auto"  # where gradients are taken; auto: as the method was published
     noise: str = "image"  # "image": each draws its own noise; "shared": one draw for all
     timesteps: int = 10  # noise levels per image, evenly spread over the schedule
+    levels: str = "0-1"  # share of the noise schedule that they are spread over, clean end first
     steps: int = 50  # DDIM grid that the noise levels are taken from, and the inversion walks
     guidance: float = 7.5  # of the inversion; without it the residual carries no concept
     projection: str = "sjlt"  # unbiased, and as fast as reading the gradient once
     dim: int = 2048  # width of a row; 2 bytes each on disk
-    scaling: str = "timestep"  # gradients of a noise level at unit norm, or "none": as they are
+    # Of a noise level's gradient before it is summed: "timestep": to unit norm; "layer": each
+    # layer's part to unit norm; "none": as it is.
+    scaling: str = "timestep"
     dtype: str = "auto"  # of the denoiser's passes; cotangents and rows are always float32
     seed: int = 0  # of projection and noise
 
@@ -62,9 +66,12 @@ class Recipe:
             raise ModelError(f"noise {self.noise!r} is unknown; choose {' or '.join(NOISES)}")
         if self.scaling not in SCALINGS:
             raise ModelError(f"scaling {self.scaling!r} is unknown; choose {', '.join(SCALINGS)}")
-        if not 1 <= self.timesteps <= self.steps:
+        available = len(stretch(range(self.steps), self.levels))
+        if not 1 <= self.timesteps <= available:
+            where = f" in levels {self.levels}" if self.levels != Recipe.levels else ""
             raise ModelError(
-                f"timesteps {self.timesteps} must lie between 1 and the {self.steps} DDIM steps"
+                f"timesteps {self.timesteps} must lie between 1 and the {available} DDIM steps"
+                + where
             )
         if not math.isfinite(self.guidance):
             raise ModelError(f"guidance is {self.guidance}; it must be finite (default 7.5)")
@@ -86,7 +93,7 @@ class Recipe:
 
 
 def resolved(recipe: Recipe, model: Model) -> Recipe:
-    """The recipe with every `auto` replaced by what suits the model.
+    """The recipe with every `auto` replaced by what suits the model, and each value in one form.
 
     Raises:
         ModelError: the recipe names another dtype than the model was loaded in.
@@ -102,7 +109,14 @@ def resolved(recipe: Recipe, model: Model) -> Recipe:
         parameters = default_parameters(model.denoiser)
     if trajectory == "auto":
         trajectory = METHODS[recipe.method].trajectory
-    return replace(recipe, dtype=loaded, parameters=parameters, trajectory=trajectory)
+    low, high = shares(recipe.levels)
+    return replace(
+        recipe,
+        dtype=loaded,
+        parameters=parameters,
+        trajectory=trajectory,
+        levels=f"{low:g}-{high:g}",
+    )
 
 
 def feature_space(recipe: Recipe, fingerprint: Mapping[str, str]) -> dict[str, Any]:

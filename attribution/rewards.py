@@ -79,7 +79,8 @@ def journey_rows(
         keys: one per sample [S]; names its fresh noise.
         guidance: of the path.
     """
-    noise = engine.noise([f"journey/{key}" for key in keys])
+    points = list(points)
+    noise = engine.noise([f"journey/{key}" for key in keys], points[0].x_t.shape[1:])
     fresh = (
         renoised(engine.model, point, noise[:, index], guidance)
         for index, point in enumerate(points)

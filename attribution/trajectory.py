@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .conditions import Conditions
+from .errors import ModelError
 from .model import Model
 from .objectives import Point
 
@@ -20,8 +22,38 @@ def ddim_grid(model: Model, steps: int) -> list[int]:
     return model.schedule.grid(steps)
 
 
+def shares(levels: str) -> tuple[float, float]:
+    """Where a stretch of the noise schedule begins and ends, in [0, 1] from its clean end.
+
+    Raises:
+        ModelError: not two shares in ascending order.
+    """
+    try:
+        low, high = (float(share) for share in levels.split("-"))
+    except ValueError:
+        low = high = math.nan
+    if not 0 <= low < high <= 1:
+        raise ModelError(
+            f"levels {levels!r} is no stretch of the noise schedule; 0-1 is all of it, 0.5-1 its "
+            "noisier half"
+        )
+    return low, high
+
+
+def stretch(grid: Sequence[int], levels: str) -> Sequence[int]:
+    """The part of a grid between two `shares` of it."""
+    low, high = (round(share * len(grid)) for share in shares(levels))
+    return grid[low:high]
+
+
 def kept(grid: Sequence[int], count: int) -> list[int]:
-    """`count` noise levels of the grid, at the middle of equal stretches."""
+    """`count` noise levels of the grid, at the middle of equal stretches.
+
+    Raises:
+        ModelError: the grid has none.
+    """
+    if not grid:
+        raise ModelError("no step lies in the recipe's levels; take more steps, or wider levels")
     width = len(grid) / count
     return [grid[int((i + 0.5) * width)] for i in range(count)]
 

@@ -33,10 +33,12 @@ from headwater.attribution import (
     image_rows,
     journey_rows,
     kept,
-    label_free_damping,
     seeded_noise,
     slider_rows,
+    stretch,
 )
+from headwater.benchmarks.errors import BenchmarkError
+from headwater.queries import Asking
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
@@ -87,6 +89,16 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Ingested:
+    """What one recipe makes of a corpus."""
+
+    features: Tensor  # [N, dim]
+    weights: Tensor  # [N] factor of each row's score
+    curvature: Curvature
+    seconds: float  # that the rows took
+
+
+@dataclass(frozen=True)
 class Study:
     """A corpus, the model that was trained on it, and questions.
 
@@ -103,7 +115,8 @@ class Study:
     replicate: int = 0  # seed of the training that made the model
     steps: int = 50  # DDIM steps of a drawn picture
     guidance: float = 7.5  # of a drawn picture
-    _drawings: dict[int, Drawn] = field(default_factory=dict, repr=False, compare=False)
+    _drawings: dict[tuple[int, str], Drawn] = field(default_factory=dict, repr=False, compare=False)
+    _ingested: dict[Recipe, Ingested] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def asked(self) -> tuple[tuple[str, str], ...]:
@@ -120,11 +133,11 @@ class Study:
         """What names the noise of each picture, [P]."""
         return [f"{picture}#{seed}" for picture, _ in self.asked for seed in range(self.seeds)]
 
-    def drawn(self, count: int = 10) -> Drawn:
+    def drawn(self, count: int = Recipe.timesteps, levels: str = Recipe.levels) -> Drawn:
         """The pictures, drawn at the first call, with `count` noise levels of their paths."""
-        if count not in self._drawings:
-            self._drawings[count] = self._draw(count)
-        return self._drawings[count]
+        if (count, levels) not in self._drawings:
+            self._drawings[count, levels] = self._draw(count, levels)
+        return self._drawings[count, levels]
 
     @cached_property
     def pictures(self) -> Tensor:
@@ -134,9 +147,10 @@ class Study:
         chosen = [self.given[picture] for picture, _ in self.asked for _ in range(self.seeds)]
         return torch.stack(chosen).to(self.model.device)
 
-    def _draw(self, count: int) -> Drawn:
+    def _draw(self, count: int, within: str) -> Drawn:
         grid = ddim_grid(self.model, self.steps)
-        levels = kept(grid, min(count, self.steps))
+        part = stretch(grid, within)
+        levels = kept(part, min(count, len(part)))
         shape = self.model.sample_shape
         clean, visited = [], []
         for start in range(0, len(self.keys), self.batch):
@@ -164,7 +178,7 @@ class Study:
         x_0 = self.pictures[list(chosen)]
         if self.given:
             return list(engine.points(x_0, prompts, keys))
-        drawn = self.drawn(engine.recipe.timesteps)
+        drawn = self.drawn(engine.recipe.timesteps, engine.recipe.levels)
         states, null = engine.states(prompts)
         points = []
         for level, x_t in zip(drawn.levels, drawn.x_t[:, list(chosen)], strict=True):
@@ -183,7 +197,7 @@ class Answers:
     weights: Tensor  # [N] factor of each row's score
     rows: Tensor  # [Q, S, dim] a query row for each question and seed
     curvature: Curvature
-    damping: float  # chosen without labels, in units of the rows' mean squared length
+    damping: float  # label-free, in units of the rows' mean squared length
     ingest_seconds: float
     query_seconds: float
 
@@ -217,22 +231,35 @@ def _positive(lengths: Tensor) -> Tensor:
 
 
 def answer(study: Study, configuration: Configuration) -> Answers:
-    """Compute rows, queries and curvature of one method; every derived choice is label-free."""
+    """Compute rows, queries and curvature of one method; lambda is that of a query unasked."""
     engine = Engine(study.model, configuration.recipe)
-    started = time.perf_counter()
-    features, weights = corpus_rows(engine, study.corpus, study.batch)
-    ingest_seconds = time.perf_counter() - started
-    curvature = curvature_of(features)
+    if configuration.recipe not in study._ingested:
+        study._ingested.clear()  # methods of one recipe come one after another
+        study._ingested[configuration.recipe] = ingested(engine, study.corpus, study.batch)
+    corpus = study._ingested[configuration.recipe]
     started = time.perf_counter()
     rows = query_rows(study, engine, configuration.query)
     float(rows.sum())  # waits for the device
     query_seconds = time.perf_counter() - started
-    damping = 1.0
-    if configuration.preconditioning == "query":
-        damping = label_free_damping(curvature, rows)
     return Answers(
-        configuration, features, weights, rows, curvature, damping, ingest_seconds, query_seconds
+        configuration,
+        corpus.features,
+        corpus.weights,
+        rows,
+        corpus.curvature,
+        Asking().damping,
+        corpus.seconds,
+        query_seconds,
     )
+
+
+def ingested(engine: Engine, corpus: Corpus, batch: int) -> Ingested:
+    """Rows and curvature of a corpus, and how long the rows took."""
+    started = time.perf_counter()
+    features, weights = corpus_rows(engine, corpus, batch)
+    float(weights.sum())  # waits for the device
+    seconds = time.perf_counter() - started
+    return Ingested(features, weights, curvature_of(features), seconds)
 
 
 def corpus_rows(engine: Engine, corpus: Corpus, batch: int) -> tuple[Tensor, Tensor]:
@@ -246,7 +273,7 @@ def corpus_rows(engine: Engine, corpus: Corpus, batch: int) -> tuple[Tensor, Ten
     features = torch.cat(rows)
     if not features.isfinite().all():
         bad = corpus.keys[int((~features.isfinite().all(dim=1)).nonzero()[0])]
-        raise ValueError(f"the row of {bad} is not finite; use another dtype or method")
+        raise BenchmarkError(f"the row of {bad} is not finite; use another dtype or method")
     return features, torch.cat(weights)
 
 
@@ -288,7 +315,7 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
-            raise ValueError(
+            raise BenchmarkError(
                 f"query {kind!r} is unknown; choose contrast, image, journey or slider"
             )
     return torch.cat(parts).view(-1, seeds, dim)

@@ -59,10 +59,12 @@ def main() -> None:
         QueryError,
         SourceError,
     )
+    from headwater.benchmarks.errors import BenchmarkError
 
     try:
         app()
     except (
+        BenchmarkError,
         ClusterError,
         DeviceError,
         IndexStoreError,
@@ -87,15 +89,20 @@ def ingest(
         Path | None,
         typer.Option("--out", help="Folder of the index, new or to add to.", show_default=False),
     ] = None,
-    method: Annotated[str, typer.Option(help="dsm, dtrak, das, das-mean, dps or cfg.")] = "dtrak",
+    method: Annotated[
+        str, typer.Option(help="dsm, dtrak, dtrak-text, das, das-mean, dps or cfg.")
+    ] = "dtrak",
     parameters: Annotated[str, typer.Option(help="Parameters, by regular expression.")] = "auto",
     dim: Annotated[int | None, typer.Option(help="Width of a row.", show_default=False)] = None,
     timesteps: Annotated[int | None, typer.Option(help="Noise levels per image.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trajectory: Annotated[str, typer.Option(help="auto, noise or inversion.")] = "auto",
     noise: Annotated[str, typer.Option(help="image: each its own; shared: one for all.")] = "image",
+    levels: Annotated[
+        str, typer.Option(help="Of the noise schedule, 0.5-1: noisier half.")
+    ] = "0-1",
     scaling: Annotated[
-        str, typer.Option(help="timestep: unit norm at each noise level; none: raw gradients.")
+        str, typer.Option(help="Unit norm per timestep, per layer of it, or none: raw gradients.")
     ] = "timestep",
     projection: Annotated[
         str, typer.Option(help="sjlt, mask, factored, trak or identity.")
@@ -162,6 +169,7 @@ def ingest(
         dtype=dtype,
         trajectory=trajectory,
         noise=noise,
+        levels=levels,
         scaling=scaling,
         projection=projection,
         seed=seed,

@@ -1,4 +1,4 @@
-"""The commands `headwater bench ...`: speed, sql, index."""
+"""The commands `headwater bench ...` that time something: speed, query, sql, index."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from .commands_studies import add_studies
+
 bench = typer.Typer(no_args_is_help=True, help="Measurements that can be replayed.")
+add_studies(bench)
 
 
 @bench.command()
@@ -36,6 +39,23 @@ def speed(
         )
     names = tuple(name.strip() for name in models.split(","))
     run(target, names, device, partial(print, flush=True))
+
+
+@bench.command()
+def query(
+    size: Annotated[str, typer.Option("--model", help="Which, as for bench speed.")] = "sd-1.4",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of the global question.")] = 16,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Write this path with .md added.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "cuda",
+) -> None:
+    """Time a question about a given picture and one about drawn ones, on a random model."""
+    from headwater.attribution import quiet_libraries
+
+    with quiet_libraries():  # while they are imported
+        from headwater.benchmarks.query_speed import run
+    run(target, size=size, seeds=seeds, device=device, say=partial(print, flush=True))
 
 
 @bench.command("sql")

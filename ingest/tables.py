@@ -47,7 +47,7 @@ def _unusable(row: npt.NDArray[np.float32], weight: float, norm: float) -> str |
     if not (np.isfinite(row).all() and np.isfinite([weight, norm]).all()):
         return "gradient is not finite (NaN or infinity)"
     if not row.any():
-        return "gradient is zero (with cfg: an item without caption)"
+        return "gradient is zero (with cfg and dtrak-text: an item without caption)"
     return None
 
 

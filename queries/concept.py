@@ -41,8 +41,8 @@ class Asking:
     steps: int = 50  # DDIM steps of a generated picture
     guidance: float = 7.5  # of a generated picture
     damping: float = 3.0  # lambda in units of the rows' mean squared length
-    similarity: str = "ip"  # or "cosine", "relative": without the rows' lengths, plain or solved
-    preconditioning: str = "query"  # "none", or "both" sides by K^-1/2: see headwater.index.metrics
+    similarity: str = "ip"  # or "cosine", "relative": see headwater.index.metrics
+    preconditioning: str = "query"  # or "none", or "both" sides by K^-1/2
     batch_size: int = 16  # pictures per forward pass; changes speed, not results
 
     def __post_init__(self) -> None:

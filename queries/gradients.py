@@ -26,6 +26,7 @@ from headwater.attribution import (
     reward_rows,
     seeded_noise,
     slider_rows,
+    stretch,
 )
 
 from .concept import Asking, Concept
@@ -84,13 +85,14 @@ def generate(
     )
     states, null = engine.states(prompts)
     grid = ddim_grid(model, asking.steps)
+    within = stretch(grid, engine.recipe.levels)
     return generation_path(
         model,
         noise.to(model.device),
         states,
         null,
         grid=grid,
-        timesteps=kept(grid, min(engine.recipe.timesteps, asking.steps)),
+        timesteps=kept(within, min(engine.recipe.timesteps, len(within))),
         guidance=asking.guidance,
     )
 

@@ -86,12 +86,15 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("method", ["dtrak", "dps", "cfg"])
+@pytest.mark.parametrize(
+    ("method", "scaling"),
+    [("dtrak", "none"), ("dtrak-text", "layer"), ("dps", "timestep"), ("cfg", "timestep")],
+)
 def test_compiled_rows_are_the_same(
-    method: str, model: Model, monkeypatch: pytest.MonkeyPatch
+    method: str, scaling: str, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_with(monkeypatch, "aot_eager")
-    recipe = Recipe(method=method, timesteps=2, steps=4, dim=256)
+    recipe = Recipe(method=method, scaling=scaling, timesteps=2, steps=4, dim=256)
     x_0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     plain = [rows(model, recipe), Engine(model, recipe).rows(x_0[:3], CAPTIONS[:3], KEYS[:3])]
     engine = Engine(model, recipe, Execution(compile=True))

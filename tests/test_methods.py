@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,13 @@ from headwater.attribution import (
     slider_rows,
 )
 from headwater.attribution.conditions import Conditions
+from headwater.attribution.trajectory import renoised
 from headwater.index import StoredIndex
+from headwater.queries.gradients import generate
 
 CAPTIONS = ["a red cat", "the dog in a house", "a blue drawing"]
 KEYS = ["one", "two", "three"]
-PARAMETERS = r"attn2\.to_[kv]"
+PARAMETERS = r"attn2\.to_(k|out)"  # layers with and without a bias
 
 # What each method differentiates, as its paper writes it: (e, eps) -> scalar.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -72,21 +74,28 @@ def conditions(states: Conditions | None, i: int) -> dict[str, Tensor]:
 def autograd(
     engine: Engine, point: Point, i: int, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> list[Tensor]:
-    """The gradient of a loss of sample i by its selected parameters, one tensor per layer."""
+    """The gradient of a loss of sample i by the selected parameters, one tensor per layer."""
     denoiser = copy.deepcopy(engine.model.denoiser).requires_grad_(True)
     where = dict(denoiser.named_modules())
-    weights = [where[layer.name].weight for layer in engine.selection.layers]
     heard = conditions(point.states, i)
     e = denoiser(point.x_t[i : i + 1], point.t[i : i + 1], **heard).sample
-    return [g.flatten() for g in torch.autograd.grad(loss(e, point.eps[i : i + 1]), weights)]
+    value = loss(e, point.eps[i : i + 1])
+    found = []
+    for layer in engine.selection.layers:
+        parameters = list(where[layer.name].parameters())
+        parts = torch.autograd.grad(value, parameters, retain_graph=True)
+        found.append(torch.cat([part.flatten() for part in parts]))
+    return found
 
 
 def scaled(gradients: list[Tensor], scaling: str) -> Tensor:
+    if scaling == "layer":
+        return torch.cat([gradient / gradient.norm() for gradient in gradients])
     whole = torch.cat(gradients)
     return whole / whole.norm() if scaling == "timestep" else whole
 
 
-@pytest.mark.parametrize("scaling", ["timestep", "none"])
+@pytest.mark.parametrize("scaling", ["timestep", "layer", "none"])
 @pytest.mark.parametrize("method", LOSSES)
 def test_rows_are_sums_of_scaled_gradients_of_the_loss(
     method: str, scaling: str, model: Model
@@ -118,7 +127,47 @@ def test_weight_of_das_as_released(model: Model) -> None:
         assert 1 / 3 < expected < 1 / 3**0.5
 
 
-@pytest.mark.parametrize("scaling", ["timestep", "none"])
+@pytest.mark.parametrize("scaling", ["timestep", "layer", "none"])
+def test_what_the_caption_changes_in_a_row(scaling: str, model: Model) -> None:
+    settings = {"scaling": scaling, "timesteps": 2}
+    engine, plain = (engine_for(model, name, **settings) for name in ("dtrak-text", "dtrak"))
+    found, silent = (
+        engine.rows(samples(), CAPTIONS, KEYS), engine.rows(samples(), ["a red cat", "", ""], KEYS)
+    )  # fmt: skip
+    expected = plain.rows(samples(), CAPTIONS, KEYS).features
+    expected = expected - plain.rows(samples(), [""] * 3, KEYS).features
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5)
+    assert silent.features.any(dim=1).tolist() == [True, False, False]
+    asked = (samples(), CAPTIONS, ["a drawing"] * 3, KEYS)
+    assert torch.equal(contrast_rows(engine, *asked), contrast_rows(plain, *asked))
+
+
+def test_noise_levels_of_a_stretch_of_the_schedule(model: Model) -> None:
+    grid = ddim_grid(model, 50)
+    for levels, expected in {"0.5-1": grid[27::5], "0-0.1": grid[:5], "0-1": grid[5::10]}.items():
+        engine = Engine(model, Recipe(levels=levels, timesteps=5))
+        assert engine.timesteps == expected
+    spelt = resolved(Recipe(levels="0.00-1.0"), model)
+    assert spelt == resolved(Recipe(), model)
+    for wrong in ("1", "0.5-0.5", "0.6-0.2", "0-1.1", "low-high", "0-0.5-1", "nan-1", "-0.1-1"):
+        with pytest.raises(ModelError, match="0-1 is all of it"):
+            Recipe(levels=wrong)
+    with pytest.raises(ModelError, match="between 1 and the 5 DDIM steps in levels 0-0"):
+        Recipe(levels="0-0.1", timesteps=6)
+    few = Engine(model, Recipe(levels="0-0.2", timesteps=1))
+    with pytest.raises(ModelError, match="take more steps, or wider levels"):
+        generate(few, ["a red cat"], ["q"], Asking(steps=2))
+
+
+def test_a_path_is_looked_at_where_rows_are(model: Model) -> None:
+    engine = Engine(model, Recipe(levels="0.5-1", timesteps=4, steps=8))
+    _, path = generate(engine, ["a red cat"], ["q"], Asking(steps=8))
+    assert [int(point.t[0]) for point in path] == engine.timesteps == ddim_grid(model, 8)[4:]
+    _, short = generate(engine, ["a red cat"], ["q"], Asking(steps=4))
+    assert [int(point.t[0]) for point in short] == ddim_grid(model, 4)[2:]
+
+
+@pytest.mark.parametrize("scaling", ["timestep", "layer", "none"])
 def test_queries_are_scaled_like_rows(scaling: str, model: Model) -> None:
     engine = engine_for(model, "dtrak", scaling=scaling)
     lacking, _ = engine.states(["a drawing"] * 3)
@@ -171,6 +220,33 @@ def test_journey_is_the_loss_at_what_the_path_expects(scaling: str, model: Model
         torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_training_on_a_high_scoring_image_lowers_the_loss_of_the_journey(model: Model) -> None:
+    engine = engine_for(model, "dsm", parameters="", scaling="none", timesteps=1, steps=5)
+    x_0 = samples(6)
+    captions = [*CAPTIONS, "a fish", "the house", ""]
+    (trained,) = engine.points(x_0, captions, [f"image {i}" for i in range(6)])
+    rows, _, _ = engine.raw_gradient(trained, engine.method.cotangent)
+    (point,) = engine.points(x_0[:1], ["a red cat"], ["question"])
+    scores = rows @ journey_rows(engine, [point], ["question"], 2.0)[0]
+    at = renoised(model, point, engine.noise(["journey/question"], (4, 8, 8))[:, 0], 2.0)
+
+    def loss(model: Model) -> float:
+        with torch.no_grad():
+            e = model.noise(at.x_t, at.t, at.states)
+        return float((e.double() - at.eps).square().sum()) / 2
+
+    falls = []
+    for row in rows:
+        stepped = replace(model, denoiser=copy.deepcopy(model.denoiser))
+        parameters = list(stepped.denoiser.parameters())
+        parts = row.split([parameter.numel() for parameter in parameters])
+        with torch.no_grad():
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter -= 1e-5 * part.view_as(parameter)  # gradient descent
+        falls.append(loss(model) - loss(stepped))
+    assert np.corrcoef(scores.numpy(), falls)[0, 1] > 0.99
+
+
 def test_journey_stays_within_the_bounds_that_the_scheduler_sets() -> None:
     model = Model.from_pipeline(tiny.pixel_diffusion(), device="cpu")
     assert model.schedule.clip == 1.0
@@ -196,14 +272,15 @@ def test_journey_stays_within_the_bounds_that_the_scheduler_sets() -> None:
 def test_a_field_that_old_indexes_lack_changes_nothing_at_its_default(model: Model) -> None:
     recipe = resolved(Recipe(), model)
     space = feature_space(recipe, {"unet": "0"})
-    old = {name: value for name, value in asdict(recipe).items() if name != "scaling"}
+    later = ("scaling", "levels")
+    old = {name: value for name, value in asdict(recipe).items() if name not in later}
     assert space == {"code": 2, "recipe": old, "model": {"unet": "0"}}
     assert Recipe.from_dict(old) == recipe
     other = feature_space(resolved(Recipe(scaling="none"), model), {"unet": "0"})
     assert differences(other, space) == ["recipe.scaling (none against unset)"]
     assert feature_space_id(other) != feature_space_id(space)
     assert Recipe.from_dict(other["recipe"]).scaling == "none"
-    with pytest.raises(ModelError, match="scaling 'row' is unknown; choose timestep, none"):
+    with pytest.raises(ModelError, match="scaling 'row' is unknown; choose timestep, layer, none"):
         Recipe(scaling="row")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from headwater import Asking
-from headwater.attribution import METHODS, Model, Recipe
+from headwater.attribution import METHODS, Engine, Model, Recipe
 from headwater.benchmarks.methods import METHODS_TABLE, configurations
 from headwater.benchmarks.study import Corpus, Question, Study, answer
 
@@ -72,3 +72,10 @@ def test_every_method_answers_and_none_like_another(study: Study) -> None:
     for i, one in enumerate(names):
         for other in names[:i]:
             assert not torch.allclose(scores[one], scores[other], atol=1e-3), (one, other)
+
+
+def test_a_study_looks_at_its_paths_where_rows_are(study: Study) -> None:
+    engine = Engine(study.model, replace(SMALL, levels="0.5-1"))
+    path = study.path(engine, [0, 1])
+    assert [int(point.t[0]) for point in path] == engine.timesteps
+    assert engine.timesteps != Engine(study.model, SMALL).timesteps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,7 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     methods = [
         Configuration("ours", RECIPE),
         Configuration("tracin", RECIPE, query="image", preconditioning="none"),
+        Configuration("das", replace(RECIPE, method="das")),
     ]
     kept: list[Answers] = []
     table = measure(study, methods, said.append, dampings=(0.1, 1.0), seen=kept.append)
@@ -158,7 +160,10 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     # The captions name the object, so a search for it finds exactly the carriers, six of each.
     by_caption = [r for r in rows if r["method"].startswith("caption") and r["concept"] == "object"]
     assert [row["recall_at_10"] for row in by_caption] == [1.0, 1.0]
-    assert len(said) == len(measuring.BASELINES) + 2
+    assert len(said) == len(measuring.BASELINES) + 3
+    # Methods of one recipe share its rows; another recipe has its own.
+    assert kept[0].features is kept[1].features
+    assert not torch.equal(kept[1].features, kept[2].features)
 
     metrics = {"object": "recall_at_10", "style": "precision_at_10"}
     cells = write(tmp_path, "tiny", {"seed": 0}, table, metrics, intro="A test.", device="cpu")
