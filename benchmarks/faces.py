@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from headwater.benchmarks.world_study import SMALL, run_world
@@ -164,7 +162,5 @@ WORLD = World(
     reduced=0.0,
 )
 
-
-def run(out: Path, **settings: Any) -> pa.Table:
-    """The benchmark with the settings of `run_world`, or `SMALL` for two cores."""
-    return run_world(WORLD, INTRO, out, **settings)
+# run(out, **settings): the settings and what is returned are those of `run_world`.
+run = partial(run_world, WORLD, INTRO)

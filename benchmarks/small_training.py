@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.small_models import (
     Settings,
     assemble,
@@ -128,7 +129,9 @@ class Trainer:
                 continue
             mean = total.item() / summed
             if not math.isfinite(mean):
-                raise ValueError(f"the loss is {mean} at step {step}; use a lower learning rate")
+                raise BenchmarkError(
+                    f"the loss is {mean} at step {step}; use a lower learning rate"
+                )
             report(step, mean)
             total.zero_()
             summed = 0

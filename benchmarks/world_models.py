@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.recognition import (
     Classifier,
     classify,
@@ -44,7 +45,7 @@ MONITOR_STREAM, GATE_STREAM = 2001, 2002
 _WATCHED = 16  # pictures each time while training
 
 
-class GateError(ValueError):
+class GateError(BenchmarkError):
     """A model that does not draw what its benchmark asks about."""
 
 
@@ -66,7 +67,7 @@ def models(
 
     Raises:
         GateError: a model fails the gate; its record stays in its folder.
-        ValueError: `out` holds models that were trained with other settings.
+        BenchmarkError: `out` holds models that were trained with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     _same_settings(out / "settings.json", world, len(pictures.keys), cfg)
@@ -208,7 +209,7 @@ def _same_settings(file: Path, world: World, images: int, cfg: Settings) -> None
     there = json.loads(file.read_text())
     if there != wanted:
         other = sorted(k for k in wanted if there.get(k) != wanted[k])
-        raise ValueError(
+        raise BenchmarkError(
             f"{file.parent} holds models that were trained with other settings "
             f"({', '.join(other)}); choose another folder or remove it"
         )

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from headwater.attribution import Model, Recipe
+from headwater.attribution.model import usable_device
 from headwater.benchmarks import world_models
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.record import grid, write
@@ -32,7 +34,6 @@ SMALL: dict[str, Any] = {
     "pictures": 4,
     "seeds": 2,
     "batch": 64,
-    "device": "cpu",
     "training": {
         "vae_steps": 400,
         "vae_batch_size": 16,
@@ -64,7 +65,7 @@ def run_world(
     training: Mapping[str, Any] | None = None,
     methods: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
-    device: str = "cuda",
+    device: str = "auto",
     dtype: str = "auto",
     say: Say = print,
 ) -> pa.Table:
@@ -91,7 +92,7 @@ def run_world(
 
     Raises:
         GateError: a model does not draw the combination that it never saw; the run is void.
-        ValueError: an unknown method, or `out` holds models trained with other settings.
+        BenchmarkError: an unknown method, or `out` holds models trained with other settings.
     """
     settings = {
         "images": images,
@@ -102,19 +103,18 @@ def run_world(
         "training": dict(training or {}),
         "methods": list(methods),
         "recipe": dict(recipe or {}),
-        "device": device,
         "dtype": dtype,
     }
     chosen = _chosen(methods, Recipe(**(recipe or {})))
     corpus = world_models.corpus(world, images)
     cfg = Settings(**(training or {}))
-    where = torch.device(device)
+    where = usable_device(device)
     folders = world_models.models(
         out / "models", world, corpus, cfg, replicates, where, Progress(say)
     )
     tables = []
     for replicate, folder in enumerate(folders):
-        model = Model.from_pretrained(folder, device=device, dtype=dtype)
+        model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
         study = Study(
             name=world.name,
             model=model,
@@ -131,7 +131,7 @@ def run_world(
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
     metrics = {q.concept: "precision_at_10" for q in study.questions}
-    write(out, world.name, settings, table, metrics, intro=intro, device=device)
+    write(out, world.name, settings, table, metrics, intro=intro, device=str(where))
     return table
 
 
@@ -146,7 +146,7 @@ def _chosen(names: Sequence[str], base: Recipe) -> list[Configuration]:
     known = configurations(base)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"method {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+        raise BenchmarkError(f"method {unknown[0]!r} is unknown; choose from {', '.join(known)}")
     return [known[name] for name in names or known]
 
 

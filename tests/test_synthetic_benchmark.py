@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from headwater.benchmarks import synthetic, world_models
+from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import ceiling_scores, ranking_metrics
 from headwater.benchmarks.study import Corpus, Study
 from headwater.benchmarks.world_models import GateError, nonsense
@@ -141,9 +142,9 @@ def test_gate_refuses_a_model_that_draws_no_red_triangle(void: tuple[Path, str])
 
 def test_models_of_other_settings_are_not_mixed(void: tuple[Path, str]) -> None:
     other = {**TINY, "training": {**TINY["training"], "learning_rate": 1e-4}}
-    with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
+    with pytest.raises(BenchmarkError, match=r"other settings \(learning_rate\)"):
         synthetic.run(void[0], **other, say=lambda line: None)
-    with pytest.raises(ValueError, match="method 'magic' is unknown; choose from"):
+    with pytest.raises(BenchmarkError, match="method 'magic' is unknown; choose from"):
         synthetic.run(void[0], **{**TINY, "methods": ["magic"]})
 
 
