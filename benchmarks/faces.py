@@ -144,7 +144,8 @@ three together. It draws such a face, and each method ranks the training images 
 taught it the glasses, the hat and the smile ("unseen"); the same is asked of pictures of
 combinations that it saw, for what their captions name ("seen"). No image carries all three concepts
 of an unseen picture, so one ranking for its questions is right for at most 2/3 on average. Captions
-name what is there, so caption search is right by construction.
+name what is there, so caption search is right by construction; what a method finds in an untrained
+model is caption matching, too.
 
 Published (Concept-TRAK, 2507.06547, on CelebA-HQ; its own model and scale, lambda chosen by test
 recall), unseen: Concept-TRAK .97, DAS .67, TRAK .60, D-TRAK .30.

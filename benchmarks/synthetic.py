@@ -56,7 +56,7 @@ triangle. It draws one, and each method ranks the training images by how much th
 shape, and by how much the colour ("unseen"); the same is asked of pictures of combinations that it
 saw ("seen"). No image carries both concepts of an unseen picture, so one ranking for both questions
 is right for at most 1/2 on average. Captions name shape and colour, so caption search is right by
-construction.
+construction; what a method finds in an untrained model is caption matching, too.
 
 Published (Concept-TRAK, 2507.06547; its own model and scale, lambda chosen by test recall), seen /
 unseen: Concept-TRAK 1.00 / .85, DAS 1.00 / .50, D-TRAK 1.00 / .50, TRAK .80 / .45; activation
@@ -68,7 +68,7 @@ WORLD = World(
     held_out=("triangle", "red"),
     render=render,
     caption=caption,
-    reduced=0.1,
+    reduced=0.2,
 )
 
 # run(out, **settings): the settings and what is returned are those of `run_world`.

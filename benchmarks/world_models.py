@@ -33,7 +33,14 @@ from headwater.benchmarks.recognition import (
     sheet,
     train_classifier,
 )
-from headwater.benchmarks.small_models import Settings, build_tokenizer, count
+from headwater.benchmarks.small_models import (
+    Settings,
+    assemble,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    count,
+)
 from headwater.benchmarks.small_training import DenoisingTask, Progress, train_unet, train_vae
 from headwater.benchmarks.worlds import Pictures, World, draw
 
@@ -93,6 +100,14 @@ def models(
     for folder in folders:
         admit(folder)
     return folders
+
+
+def untrained(world: World, folder: Path, cfg: Settings) -> Any:
+    """The pipeline of a trained model with a text encoder and a UNet that have learnt nothing."""
+    torch.manual_seed(cfg.seed)
+    tokenizer = build_tokenizer(world.sentences())
+    vae: Any = AutoencoderKL.from_pretrained(folder / "vae")
+    return assemble(vae, build_text_encoder(tokenizer, cfg.text_width), tokenizer, build_unet(cfg))
 
 
 def admit(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ OUT/top10.png                  one picture of the unseen combination, every meth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from headwater.attribution import Model, Recipe
-from headwater.attribution.model import usable_device
+from headwater.attribution.model import DTYPES, usable_device
 from headwater.benchmarks import world_models
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, measure
@@ -27,6 +28,8 @@ from headwater.benchmarks.small_training import Progress
 from headwater.benchmarks.study import Configuration, Corpus, Say, Study
 from headwater.benchmarks.worlds import Pictures, World, questions
 
+# Flat drawings need less of an autoencoder than the demo's.
+TRAINING = {"vae_steps": 1500, "vae_widths": [16, 32, 64]}
 # For two cores and minutes: a UNet of a million parameters.
 SMALL: dict[str, Any] = {
     "images": 1000,
@@ -64,6 +67,7 @@ def run_world(
     batch: int = 512,
     training: Mapping[str, Any] | None = None,
     methods: Sequence[str] = (),
+    controls: Sequence[str] = ("headwater",),
     recipe: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -80,8 +84,10 @@ def run_world(
         pictures: asked about, of each combination.
         seeds: drawings of each picture, averaged in a query.
         batch: images per forward pass.
-        training: fields of `small_models.Settings` that differ from their defaults.
+        training: fields of `small_models.Settings` that differ from its defaults and `TRAINING`.
         methods: names in `methods.METHODS_TABLE`; none for all.
+        controls: methods that are asked of an untrained model, too: what they find there is
+            caption matching, not influence.
         recipe: fields that the recipes of all methods share.
         device: where everything runs.
         dtype: of the passes that attribute; `auto` is bfloat16 on a GPU.
@@ -92,9 +98,10 @@ def run_world(
 
     Raises:
         GateError: a model does not draw the combination that it never saw; the run is void.
-        BenchmarkError: an unknown method, or `out` holds models trained with other settings.
+        BenchmarkError: an unknown method or setting of training, a count below 1, or `out` holds
+            models trained with other settings.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "images": images,
         "replicates": replicates,
         "pictures": pictures,
@@ -102,12 +109,17 @@ def run_world(
         "batch": batch,
         "training": dict(training or {}),
         "methods": list(methods),
+        "controls": list(controls),
         "recipe": dict(recipe or {}),
         "dtype": dtype,
     }
-    chosen = _chosen(methods, Recipe(**(recipe or {})))
+    for name in ("images", "replicates", "pictures", "seeds", "batch"):
+        if settings[name] < 1:
+            raise BenchmarkError(f"{name} is {settings[name]}; it must be at least 1")
+    base = Recipe.from_dict(recipe or {})
+    chosen = _chosen(methods, base)
+    cfg = _training({**TRAINING, **(training or {})})
     corpus = world_models.corpus(world, images)
-    cfg = Settings(**(training or {}))
     where = usable_device(device)
     folders = world_models.models(
         out / "models", world, corpus, cfg, replicates, where, Progress(say)
@@ -127,6 +139,8 @@ def run_world(
             guidance=cfg.guidance,
         )
         tables.append(measure(study, chosen, say))
+        if controls:
+            tables.append(_control(world, folder, study, controls, base, cfg, say))
         if replicate == 0:
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
@@ -140,6 +154,35 @@ def _as_seen(world: World, model: Model, corpus: Pictures) -> Corpus:
     x_0 = torch.cat([model.encode_images(part) for part in corpus.images.split(256)])
     captions = tuple(world.caption(values) for values in corpus.values)
     return Corpus(x_0, captions, corpus.keys)
+
+
+def _control(
+    world: World,
+    folder: Path,
+    study: Study,
+    methods: Sequence[str],
+    base: Recipe,
+    cfg: Settings,
+    say: Say,
+) -> pa.Table:
+    """The questions about the same pictures, put to a model that was taught nothing."""
+    pipe = world_models.untrained(world, folder, replace(cfg, seed=study.replicate))
+    dtype = next(name for name, kind in DTYPES.items() if kind is study.model.dtype)
+    model = Model.from_pipeline(pipe, device=str(study.model.device), dtype=dtype)
+    first = study.pictures.view(len(study.asked), study.seeds, *study.pictures.shape[1:])[:, 0]
+    given = {picture: x_0 for (picture, _), x_0 in zip(study.asked, first, strict=True)}
+    control = replace(study, model=model, given=given, _drawings={})
+    asked = [replace(c, name=f"{c.name}, untrained model") for c in _chosen(methods, base)]
+    return measure(control, asked, say, baselines={})
+
+
+def _training(values: Mapping[str, Any]) -> Settings:
+    known = [field.name for field in fields(Settings)]
+    if unknown := sorted(set(values) - set(known)):
+        raise BenchmarkError(
+            f"training has no setting {unknown[0]!r}; choose from {', '.join(known)}"
+        )
+    return Settings(**values)
 
 
 def _chosen(names: Sequence[str], base: Recipe) -> list[Configuration]:

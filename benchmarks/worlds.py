@@ -51,8 +51,16 @@ class World:
         return self.caption([None if i == place else value for i, value in enumerate(values)])
 
     def training_captions(self, values: Sequence[str]) -> list[str]:
-        """What an image is shown with while a model trains, in the order of `shares`."""
-        reduced = [self.silent(values, i) for i in range(len(values))] if self.reduced else []
+        """What an image is shown with while a model trains, in the order of `shares`.
+
+        A caption is silent about an attribute only where pictures of both kinds are shown that it
+        is true of: if "a triangle" were said of blue ones alone, "triangle" would come to mean
+        blue, and nothing would be left for "red" to say of one that was never shown.
+        """
+        reduced = []
+        for place in range(len(values)) if self.reduced else ():
+            alike = [v for v in self.shown if _without(v, place) == _without(values, place)]
+            reduced.append(self.silent(values, place) if len(alike) > 1 else self.caption(values))
         return [self.caption(values), *reduced, ""]
 
     @property
@@ -62,8 +70,13 @@ class World:
         return [1 - EMPTY - self.reduced, *[self.reduced / max(count, 1)] * count, EMPTY]
 
     def sentences(self) -> list[str]:
-        """Everything that is ever said in this world."""
-        return sorted({line for v in self.combinations for line in self.training_captions(v)})
+        """Everything that is ever said or asked in this world."""
+        silent = [self.silent(v, i) for v in self.combinations for i in range(len(v))]
+        return sorted({"", *map(self.caption, self.combinations), *silent})
+
+
+def _without(values: Sequence[str], place: int) -> list[str]:
+    return [value for i, value in enumerate(values) if i != place]
 
 
 @dataclass(frozen=True)
