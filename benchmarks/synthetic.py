@@ -54,9 +54,10 @@ INTRO = """
 A model was trained on white pictures of one triangle or circle, red or blue, and never saw a red
 triangle. It draws one, and each method ranks the training images by how much they taught it the
 shape, and by how much the colour ("unseen"); the same is asked of pictures of combinations that it
-saw ("seen"). No image carries both concepts of an unseen picture, so one ranking for both questions
-is right for at most 1/2 on average. Captions name shape and colour, so caption search is right by
-construction; what a method finds in an untrained model is caption matching, too.
+saw ("seen"). Eight of ten images are blue circles, one is a red circle, one a blue triangle. No
+image carries both concepts of an unseen picture, so one ranking for both questions is right for at
+most 1/2 on average. Captions name shape and colour, so caption search is right by construction;
+what a method finds in an untrained model is caption matching, too.
 
 Published (Concept-TRAK, 2507.06547; its own model and scale, lambda chosen by test recall), seen /
 unseen: Concept-TRAK 1.00 / .85, DAS 1.00 / .50, D-TRAK 1.00 / .50, TRAK .80 / .45; activation
@@ -69,6 +70,7 @@ WORLD = World(
     render=render,
     caption=caption,
     reduced=0.2,
+    usual={("circle", "blue"): 8},
 )
 
 # run(out, **settings): the settings and what is returned are those of `run_world`.

@@ -58,7 +58,7 @@ class GateError(BenchmarkError):
 
 def corpus(world: World, images: int) -> Pictures:
     """The training images: never one of the held-out combination."""
-    return draw(world, world.shown, images, CORPUS_STREAM)
+    return draw(world, world.round, images, CORPUS_STREAM)
 
 
 def models(

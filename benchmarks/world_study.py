@@ -29,7 +29,7 @@ from headwater.benchmarks.study import Configuration, Corpus, Say, Study
 from headwater.benchmarks.worlds import Pictures, World, questions
 
 # Flat drawings need less of an autoencoder than the demo's.
-TRAINING = {"vae_steps": 1500, "vae_widths": [16, 32, 64]}
+TRAINING = {"vae_steps": 1500, "vae_widths": [16, 32, 64], "gate_images": 100}
 # For two cores and minutes: a UNet of a million parameters.
 SMALL: dict[str, Any] = {
     "images": 1000,
@@ -49,6 +49,7 @@ SMALL: dict[str, Any] = {
         "classifier_images": 600,
         "classifier_steps": 600,
         "classifier_width": 8,
+        "gate_images": 40,
         "sampling_steps": 20,
     },
     "recipe": {"dim": 1024, "timesteps": 5, "steps": 10},

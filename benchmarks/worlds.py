@@ -7,7 +7,7 @@ the pictures are right. `synthetic.py` and `faces.py` are such worlds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
@@ -30,6 +30,10 @@ class World:
     render: Callable[[Sequence[str], np.random.Generator], Image.Image]  # 64 x 64 pixels, RGB
     caption: Callable[[Sequence[str | None]], str]  # None: this attribute is not spoken of
     reduced: float  # share of training steps whose caption is silent about one attribute
+    # How many times as often as others a combination is shown. Where each of two values is only
+    # ever seen with one partner, that partner must be usual without it, or a word comes to mean
+    # both: "triangle" a blue triangle.
+    usual: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
     @property
     def combinations(self) -> list[tuple[str, ...]]:
@@ -40,6 +44,11 @@ class World:
     def shown(self) -> list[tuple[str, ...]]:
         """Those that a model is trained on."""
         return [values for values in self.combinations if values != self.held_out]
+
+    @property
+    def round(self) -> list[tuple[str, ...]]:
+        """What a corpus shows in turn."""
+        return [values for values in self.shown for _ in range(self.usual.get(values, 1))]
 
     def labels(self, values: Sequence[str]) -> list[int]:
         """The number of each value within its attribute."""

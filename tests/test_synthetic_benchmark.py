@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ UNSEEN = ("shape, unseen", "colour, unseen")
 SEEN = ("shape, seen", "colour, seen")
 TINY: dict[str, Any] = {
     **synthetic.SMALL,
-    "images": 90,
+    "images": 120,
     "pictures": 1,
     "methods": ["headwater", "d-trak"],
     "training": {
@@ -45,13 +46,13 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def corpus() -> Pictures:
-    return world_models.corpus(WORLD, 90)
+    return world_models.corpus(WORLD, 120)
 
 
-def test_no_red_triangle_is_shown_and_the_rest_equally_often(corpus: Pictures) -> None:
-    assert set(corpus.values) == {("circle", "blue"), ("circle", "red"), ("triangle", "blue")}
-    assert all(corpus.values.count(values) == 30 for values in set(corpus.values))
-    assert len(set(corpus.keys)) == 90
+def test_no_red_triangle_is_shown_and_blue_circles_are_usual(corpus: Pictures) -> None:
+    counts = Counter(corpus.values)
+    assert counts == {("circle", "blue"): 96, ("circle", "red"): 12, ("triangle", "blue"): 12}
+    assert len(set(corpus.keys)) == 120
     said = {line for values in corpus.values for line in WORLD.training_captions(values)}
     assert not any("triangle" in line and "red" in line for line in said)
     # Silent only about what differs among the pictures that are shown: see training_captions.
@@ -115,7 +116,7 @@ def test_questions_and_their_truth(corpus: Pictures) -> None:
 
 def test_one_ranking_is_right_for_at_most_one_half_of_an_unseen_picture(corpus: Pictures) -> None:
     asked = questions(WORLD, corpus, 1)
-    images = Corpus(torch.zeros(90, 4, 16, 16), ("",) * 90, corpus.keys)
+    images = Corpus(torch.zeros(120, 4, 16, 16), ("",) * 120, corpus.keys)
     nobody: Any = None  # no model is asked for a ceiling
     study = Study("synthetic", nobody, images, asked)
     order = np.argsort(-ceiling_scores(study), axis=0, kind="stable")
@@ -184,7 +185,7 @@ def test_the_record_is_whole(measured: tuple[Path, pa.Table]) -> None:
     page = (out / "synthetic.md").read_text()
     for concept in (*UNSEEN, *SEEN):
         assert f"## {concept}: precision@10" in page
-    assert json.loads((out / "config.json").read_text())["settings"]["images"] == 90
+    assert json.loads((out / "config.json").read_text())["settings"]["images"] == 120
     assert (out / "top10.png").is_file()
     methods = set(table["method"].to_pylist())
     assert methods >= {"headwater", "d-trak", "random", "ceiling of one ranking"}
@@ -201,7 +202,7 @@ def test_contrast_finds_carriers_of_the_asked_concept(measured: tuple[Path, pa.T
     assert mean("caption search (BM25)", UNSEEN + SEEN) == 1.0
     assert mean("ceiling of one ranking", UNSEEN) == 0.5
     assert mean("headwater", SEEN) >= 0.8
-    assert mean("headwater", UNSEEN) > 0.6
+    assert mean("headwater", UNSEEN) > 0.3  # a tenth of the images are right
     assert mean("random", SEEN) < 0.8
 
 
