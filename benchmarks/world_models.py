@@ -187,7 +187,8 @@ def recogniser(
 
     def labelled(number: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
         pictures = draw(world, world.combinations, number, stream)
-        nothing = nonsense(pictures.images[:: len(world.combinations)], stream)
+        # One step more than there are combinations: of each some.
+        nothing = nonsense(pictures.images[:: len(world.combinations) + 1], stream)
         images = torch.cat([pictures.images, nothing]).to(device)
         labels = [world.labels(values) for values in pictures.values]
         labels += [[len(values) for values in world.attributes.values()]] * len(nothing)

@@ -32,7 +32,7 @@ from headwater.benchmarks.worlds import Pictures, World, questions
 TRAINING = {"vae_steps": 1500, "vae_widths": [16, 32, 64], "gate_images": 100}
 # For two cores and minutes: a UNet of a million parameters.
 SMALL: dict[str, Any] = {
-    "images": 1000,
+    "images": 2000,
     "replicates": 1,
     "pictures": 4,
     "seeds": 2,
@@ -41,17 +41,16 @@ SMALL: dict[str, Any] = {
         "vae_steps": 400,
         "vae_batch_size": 16,
         "vae_widths": [16, 16, 32],
-        "steps": 1600,
+        "steps": 3600,
         "batch_size": 32,
         "unet_widths": [32, 48, 48],
         "text_width": 32,
-        "dropout": 0.1,
         "classifier_images": 600,
         "classifier_steps": 600,
         "classifier_width": 8,
         "gate_images": 40,
-        "sampling_steps": 20,
     },
+    "methods": ["trak", "d-trak", "das-l1", "concept-trak", "headwater"],
     "recipe": {"dim": 1024, "timesteps": 5, "steps": 10},
 }
 
