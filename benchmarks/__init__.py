@@ -8,7 +8,9 @@ emoji.py           object and style of real art that was held out
 caption_variants.py  its captions changed: influence or caption matching?
 text_share.py      how much of a score enters through the text
 beyond.py          ideas beyond the default, each with its gain; pieces.py what they are made of
-synthetic.py, faces.py  drawn worlds with a combination that is never shown
+synthetic.py, faces.py  drawn worlds with a combination that is never shown, from end to end in
+                   world_study.py: worlds.py, world_models.py, recognition.py, small_models.py
+                   and small_training.py are its parts
 abc.py, abc_tree.py  the published exemplars; abc_mini.py, subjects.py, finetuning.py our own
 lds.py, counterfactual.py  retraining foreseen, and retraining without what is ranked first:
                    material.py, retraining.py, stacked.py, noised.py, presence.py are their parts

@@ -110,9 +110,7 @@ def run(
     network = Model.from_pretrained(model, device=device, dtype=dtype)
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
     heard = {
-        variant: replace(
-            study, name=variant, corpus=replace(study.corpus, captions=captions), _ingested={}
-        )
+        variant: replace(study, name=variant, corpus=replace(study.corpus, captions=captions))
         for variant, captions in told.items()
     }
     wrong = WrongCaptions(art) if "wrong" in told else None

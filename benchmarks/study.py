@@ -120,7 +120,10 @@ class Study:
     steps: int = 50  # DDIM steps of a drawn picture
     guidance: float = 7.5  # of a drawn picture
     _drawings: dict[tuple[int, str], Drawn] = field(default_factory=dict, repr=False, compare=False)
-    _ingested: dict[Recipe, Ingested] = field(default_factory=dict, repr=False, compare=False)
+    # Of this corpus and model: no study that is made of this one with others takes it over.
+    _ingested: dict[Recipe, Ingested] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def asked(self) -> tuple[tuple[str, str], ...]:

@@ -4,7 +4,7 @@
     python benchmarks/train_demo_model.py --gate-only FOLDER [--device cuda]
 
 Run it with the repository's root on PYTHONPATH (or headwater installed). Covered: autoencoder,
-word-level tokenizer, text encoder and UNet on exactly the demo's corpus (``demo_training.py``), a
+word-level tokenizer, text encoder and UNet on exactly the demo's corpus (``small_training.py``), a
 standard ``StableDiffusionPipeline`` folder in fp16, and the gate (``demo_gate.py``): on held-out
 object x studio pairs, how often does a classifier trained on fresh renders see the right object AND
 the right studio in what the SAVED folder draws? Exit code 1 when that is below 0.9, when the
@@ -18,57 +18,75 @@ import argparse
 import io
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from headwater.benchmarks.demo_gate import (
-    Progress,
-    Settings,
-    count,
+    MONITOR_STREAM,
+    STUDIO_NAMES,
     gate,
-    to_tensor,
-    train_classifier,
+    joint_rates,
+    recogniser,
 )
-from headwater.benchmarks.demo_training import (
-    DenoisingTask,
-    assemble,
+from headwater.benchmarks.recognition import Classifier
+from headwater.benchmarks.small_models import (
+    Settings,
     build_tokenizer,
-    build_vae,
-    train_unet,
-    train_vae,
+    to_tensor,
 )
-from headwater.demo.corpus import make_corpus
+from headwater.benchmarks.small_training import DenoisingTask, Progress, train_unet, train_vae
+from headwater.demo.art import OBJECTS
+from headwater.demo.corpus import caption, make_corpus, object_contrast, studio_contrast
+
+# Full caption, then without the object, without the studio, empty: as corpus.py states.
+CAPTION_SHARES = (0.7, 0.1, 0.1, 0.1)
+
+
+def sentences() -> list[str]:
+    """Every sentence the demo ever says, the empty one included."""
+    return [
+        "",
+        *(caption(o, s) for o in OBJECTS for s in STUDIO_NAMES),
+        *(object_contrast(s) for s in STUDIO_NAMES),
+        *(studio_contrast(o) for o in OBJECTS),
+    ]
 
 
 def train(
-    out: Path, classifier: nn.Module, cfg: Settings, device: torch.device, progress: Progress
+    out: Path, classifier: Classifier, cfg: Settings, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
     """Train every part on the demo's corpus and save the pipeline folder."""
-    torch.manual_seed(cfg.seed)
     corpus = make_corpus()
     pictures = [Image.open(io.BytesIO(png)) for png in corpus["image"].to_pylist()]
     images = to_tensor(pictures).to(device)
-    vae = build_vae().to(device)
-    progress.say(f"corpus of {len(images)} images; autoencoder {count(vae):,} parameters")
-    train_vae(vae, images, cfg, progress)
+    vae = train_vae(images, cfg, progress)
     progress.stage_done("vae")
-    tokenizer = build_tokenizer()
-    task = DenoisingTask(corpus, vae, images, tokenizer, cfg)
+    tokenizer = build_tokenizer(sentences())
+    captions = [
+        [r["caption"], object_contrast(r["studio"]), studio_contrast(r["object"]), ""]
+        for r in corpus.select(["object", "studio", "caption"]).to_pylist()
+    ]
+    task = DenoisingTask(vae, images, tokenizer, captions, CAPTION_SHARES, cfg)
     progress.say(
         f"scaling factor {vae.config.scaling_factor:.4f}, posterior deviation "
         f"{task.std.mean().item():.3f} of the latents' own"
     )
-    text, unet, notes = train_unet(task, vae, tokenizer, classifier, cfg, progress)
+
+    def watch(pipe: Any) -> float:
+        rates = joint_rates(pipe, classifier, 8, MONITOR_STREAM, cfg)["joint"]
+        return float(np.mean(list(rates.values())))
+
+    pipe, notes = train_unet(task, vae, tokenizer, watch, cfg, progress)
     progress.stage_done("unet")
-    pipe = assemble(vae, text, tokenizer, unet).to(torch.float16)
-    pipe.save_pretrained(out, safe_serialization=True)
+    pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
     for file in out.rglob("*.safetensors"):
         file.chmod(0o644)  # written for their owner only, but shipped inside a package
-    return {**notes, "scaling_factor": vae.config.scaling_factor}
+    return notes
 
 
 def arguments() -> argparse.Namespace:
@@ -117,9 +135,9 @@ def main() -> int:
     report: Path = args.report or folder.with_name(folder.name + "-report")
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    progress = Progress()
+    progress = Progress(partial(print, flush=True))
     progress.say(f"torch {torch.__version__} on {device}; {asdict(cfg)}")
-    classifier, accuracy = train_classifier(cfg, device, progress)
+    classifier, accuracy = recogniser(cfg, device, progress)
     progress.stage_done("classifier")
     training = None
     if args.out is not None:

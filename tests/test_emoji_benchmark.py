@@ -329,7 +329,7 @@ def test_variants_run_whole(
 
 def test_other_captions_change_the_rows_alone(tiny_study: Study) -> None:
     silent = replace(tiny_study.corpus, captions=("",) * len(tiny_study.corpus))
-    heard = replace(tiny_study, corpus=silent, _ingested={})
+    heard = replace(tiny_study, corpus=silent)
     truly = answer(tiny_study, OURS)
     found, expected = caption_variants.told_otherwise(truly, heard), answer(heard, OURS)
     torch.testing.assert_close(found.scores(), expected.scores())

@@ -33,6 +33,7 @@ from headwater.benchmarks.study import (
     Corpus,
     Question,
     Study,
+    answer,
     curvature_of,
     query_rows,
 )
@@ -257,3 +258,17 @@ def test_intervals_draw_pictures_and_replicates_again() -> None:
     twice = [row for row in rows[:40] for _ in range(4)]  # four questions of each picture
     assert interval(twice, "m") == pytest.approx((low, high))
     assert np.isnan(interval([], "m")).all()
+
+
+def test_a_study_made_of_another_keeps_none_of_its_rows(study: Study) -> None:
+    ours = Configuration("ours", RECIPE)
+    first = rows_of(study, ours)
+    captions = tuple(caption.replace("cat", "dog") for caption in study.corpus.captions)
+    other = replace(study, corpus=replace(study.corpus, captions=captions))
+    assert other.drawn() is study.drawn()  # of one model: its pictures are not drawn again
+    assert not torch.equal(rows_of(other, ours), first)
+    assert torch.equal(rows_of(study, ours), first)
+
+
+def rows_of(study: Study, configuration: Configuration) -> torch.Tensor:
+    return answer(study, configuration).features

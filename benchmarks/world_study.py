@@ -1,0 +1,208 @@
+"""A world's benchmark from end to end: models, gate, questions to every method, record.
+
+OUT/models/...                 see `world_models.py`
+OUT/NAME.md, NAME.parquet, ... see `record.py`
+OUT/top10.png                  one picture of the unseen combination, every method's first ten
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from headwater.attribution import Model, Recipe
+from headwater.attribution.model import DTYPES, usable_device
+from headwater.benchmarks import world_models
+from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.measure import BASELINES, measure
+from headwater.benchmarks.methods import chosen as methods_of
+from headwater.benchmarks.record import grid, write
+from headwater.benchmarks.small_models import Settings
+from headwater.benchmarks.small_training import Progress
+from headwater.benchmarks.study import Corpus, Say, Study
+from headwater.benchmarks.worlds import Pictures, World, questions
+
+# Flat drawings need less of an autoencoder than the demo's.
+TRAINING = {"vae_steps": 1500, "vae_widths": [16, 32, 64], "gate_images": 100}
+# For two cores and minutes: a UNet of a million parameters.
+SMALL: dict[str, Any] = {
+    "images": 2000,
+    "replicates": 1,
+    "pictures": 4,
+    "seeds": 2,
+    "batch": 64,
+    "training": {
+        "vae_steps": 400,
+        "vae_batch_size": 16,
+        "vae_widths": [16, 16, 32],
+        "steps": 3600,
+        "batch_size": 32,
+        "unet_widths": [32, 48, 48],
+        "text_width": 32,
+        "classifier_images": 600,
+        "classifier_steps": 600,
+        "classifier_width": 8,
+        "gate_images": 40,
+    },
+    "methods": ["trak", "d-trak", "das-l1", "concept-trak", "headwater"],
+    "recipe": {"dim": 1024, "timesteps": 5, "steps": 10},
+}
+
+
+def run_world(
+    world: World,
+    intro: str,
+    out: Path,
+    *,
+    images: int = 10_000,
+    replicates: int = 5,
+    pictures: int = 8,
+    seeds: int = 4,
+    batch: int = 512,
+    training: Mapping[str, Any] | None = None,
+    methods: Sequence[str] = (),
+    controls: Sequence[str] = ("headwater",),
+    recipe: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    say: Say = print,
+) -> pa.Table:
+    """Train what is not there, gate it, ask every method, and write the record.
+
+    Args:
+        world: what is drawn.
+        intro: for the record, in Markdown.
+        out: folder of the record and of the models; a run that was broken off goes on.
+        images: in the training set.
+        replicates: training seeds, each a model.
+        pictures: asked about, of each combination.
+        seeds: drawings of each picture, averaged in a query.
+        batch: images per forward pass.
+        training: fields of `small_models.Settings` that differ from its defaults and `TRAINING`.
+        methods: names in `methods.METHODS_TABLE`; none for all.
+        controls: methods that are asked of an untrained model, too: what they find there is
+            caption matching, not influence.
+        recipe: fields that the recipes of all methods share.
+        device: where everything runs.
+        dtype: of the passes that attribute; `auto` is bfloat16 on a GPU.
+        say: hears a line now and then.
+
+    Returns:
+        A row for each method, question and damping, by `measure.SCHEMA`.
+
+    Raises:
+        GateError: a model does not draw the combination that it never saw; the run is void.
+        BenchmarkError: an unknown method or setting of training, a count below 1, or `out` holds
+            models trained with other settings.
+    """
+    settings: dict[str, Any] = {
+        "images": images,
+        "replicates": replicates,
+        "pictures": pictures,
+        "seeds": seeds,
+        "batch": batch,
+        "training": dict(training or {}),
+        "methods": list(methods),
+        "controls": list(controls),
+        "recipe": dict(recipe or {}),
+        "dtype": dtype,
+    }
+    for name in ("images", "replicates", "pictures", "seeds", "batch"):
+        if settings[name] < 1:
+            raise BenchmarkError(f"{name} is {settings[name]}; it must be at least 1")
+    base = Recipe.from_dict(recipe or {})
+    chosen = methods_of(methods, base)
+    cfg = _training({**TRAINING, **(training or {})})
+    corpus = world_models.corpus(world, images)
+    where = usable_device(device)
+    folders = world_models.models(
+        out / "models", world, corpus, cfg, replicates, where, Progress(say)
+    )
+    tables = []
+    for replicate, folder in enumerate(folders):
+        model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
+        study = Study(
+            name=world.name,
+            model=model,
+            corpus=_as_seen(world, model, corpus),
+            questions=questions(world, corpus, pictures),
+            seeds=seeds,
+            batch=batch,
+            replicate=cfg.seed + replicate,
+            steps=cfg.sampling_steps,  # drawn as at the gate
+            guidance=cfg.guidance,
+        )
+        tables.append(measure(study, chosen, say))
+        if controls:
+            tables.append(_control(world, folder, study, controls, base, cfg, say))
+        if replicate == 0:
+            _top10(study, tables[0], corpus, out / "top10.png")
+    table = pa.concat_tables(tables)
+    metrics = {q.concept: "precision_at_10" for q in study.questions}
+    write(out, world.name, settings, table, metrics, intro=intro, device=str(where))
+    return table
+
+
+def _as_seen(world: World, model: Model, corpus: Pictures) -> Corpus:
+    """The training images in the model's latents, with their full captions."""
+    x_0 = torch.cat([model.encode_images(part) for part in corpus.images.split(256)])
+    captions = tuple(world.caption(values) for values in corpus.values)
+    return Corpus(x_0, captions, corpus.keys)
+
+
+def _control(
+    world: World,
+    folder: Path,
+    study: Study,
+    methods: Sequence[str],
+    base: Recipe,
+    cfg: Settings,
+    say: Say,
+) -> pa.Table:
+    """The questions about the same pictures, put to a model that was taught nothing."""
+    pipe = world_models.untrained(world, folder, replace(cfg, seed=study.replicate))
+    dtype = next(name for name, kind in DTYPES.items() if kind is study.model.dtype)
+    model = Model.from_pipeline(pipe, device=str(study.model.device), dtype=dtype)
+    first = study.pictures.view(len(study.asked), study.seeds, *study.pictures.shape[1:])[:, 0]
+    given = {picture: x_0 for (picture, _), x_0 in zip(study.asked, first, strict=True)}
+    control = replace(study, model=model, given=given, _drawings={})
+    asked = [replace(c, name=f"{c.name}, untrained model") for c in methods_of(methods, base)]
+    return measure(control, asked, say, baselines={})
+
+
+def _training(values: Mapping[str, Any]) -> Settings:
+    known = [field.name for field in fields(Settings)]
+    if unknown := sorted(set(values) - set(known)):
+        raise BenchmarkError(
+            f"training has no setting {unknown[0]!r}; choose from {', '.join(known)}"
+        )
+    return Settings(**values)
+
+
+def _top10(study: Study, table: pa.Table, corpus: Pictures, path: Path) -> None:
+    """What each method finds for the first picture, with the lambda that it chooses itself."""
+    place = {key: number for number, key in enumerate(corpus.keys)}
+    picture, prompt = study.asked[0]
+    asked = _image(study.model.decode(study.pictures[:1])[0])
+    rows = [
+        row
+        for row in table.to_pylist()
+        if row["picture"] == picture and row["label_free"] and row["method"] not in BASELINES
+    ]
+    lines = []
+    for row in sorted(rows, key=lambda row: row["question"]):  # stable: methods in their order
+        truth = study.questions[row["question"]].truth
+        hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
+        lines.append((f"{row['concept']} of “{prompt}”: {row['method']}", asked, hits))
+    grid(lines, path)
+
+
+def _image(pixels: torch.Tensor) -> Image.Image:
+    array = pixels.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
