@@ -172,7 +172,8 @@ def _curved_lengths(index: StoredIndex, damping: float, power: int) -> Float64:
     lengths = np.concatenate(pieces)
     try:
         derived.keep(index.folder, path, partial(np.save, arr=lengths, allow_pickle=False))
-        for other in folder.glob(f"{kind}-*.npy"):
+        former = (index.folder / derived.FOLDER).glob("lengths-*.npy")  # no code reads these now
+        for other in (*folder.glob(f"{kind}-*.npy"), *former):
             if other != path:  # of the rows as they were
                 derived.remove(index.folder, other)
     except OSError as error:

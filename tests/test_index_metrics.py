@@ -260,6 +260,19 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     assert len(kept & now) == 2  # of the other damping and the other kind
 
 
+def test_lengths_where_they_formerly_stood_are_removed(tmp_path: Path) -> None:
+    index = write_index(tmp_path / "idx")
+    faiss = tmp_path / "idx" / "faiss"
+    former, of_a_part = faiss / "lengths-0123456789abcdef.npy", faiss / "part" / "lengths-1-0.5.npy"
+    for path in (former, of_a_part, faiss / "notes.npy"):
+        derived.keep(index.folder, path, lambda file: np.save(file, np.ones(N)))
+    row_scale(index, Metric("cosine", "both"))
+    assert not former.exists()
+    assert not derived.checksum(index.folder, former).exists()
+    assert of_a_part.exists()
+    assert (faiss / "notes.npy").exists()
+
+
 def test_lengths_are_not_read_or_written_through_a_link(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
