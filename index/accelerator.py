@@ -147,19 +147,29 @@ class Accelerator:
     def ready(cls, index: StoredIndex, scale: Float32, metric: Metric) -> Accelerator:
         """Open what is kept and build what is missing, a segment at a time.
 
-        Raises OSError when nothing can be kept (a read-only folder, a full disk), at the first
-        file, and BlockingIOError when another process is building.
+        Raises OSError when codes are missing and none can be kept (a read-only folder, a full
+        disk), at the first file, and BlockingIOError when another process is building.
         """
         folder = index.folder / derived.FOLDER / index.caches / _kind(metric)
         kept = cls._kept(index, scale, folder)
-        if kept is not None:
+        try:
+            ready = kept and kept._with_calibration(index, folder)
+            if ready is not None:
+                return ready
+            with _only_builder(folder):
+                return cls._build(index, scale, metric, folder)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if kept is None:
+                raise
+            _log.warning("%s: a search scans all codes, not those of some cells (%s)",
+                         index.folder, error)  # fmt: skip
             return kept
-        with _only_builder(folder):
-            return cls._build(index, scale, metric, folder)
 
     @classmethod
     def _kept(cls, index: StoredIndex, scale: Float32, folder: Path) -> Accelerator | None:
-        """What is kept, if nothing is missing."""
+        """What is kept, without a calibration, if no code is missing."""
         whitening = Whitening.kept(index, folder / _WHITENING)
         if whitening is None:
             return None
@@ -169,9 +179,7 @@ class Accelerator:
         plan = _plan(index, scale, folder, cells)
         found = [_kept_segment(index, whitening, cells, *job) for job in plan]
         kept = cls(whitening, [segment for segment in found if segment], cells)
-        if not all(found):
-            return None
-        return kept if cells is None else kept._with_calibration(index, folder)
+        return kept if all(found) else None
 
     @classmethod
     def _build(
@@ -202,14 +210,17 @@ class Accelerator:
             if path.stem not in listed:  # of rows that a compaction moved or an append completed
                 derived.remove(index.folder, path)
         built = cls(whitening, [codes.open_segment(whitening, cells, *job) for job in plan], cells)
-        if cells is None:
-            return built
         return built._with_calibration(index, folder) or built._calibrated(
             index, scale, metric, folder
         )
 
     def _with_calibration(self, index: StoredIndex, folder: Path) -> Accelerator | None:
-        """This and the calibration that is kept, unless too many rows came or went since."""
+        """This and the calibration that is kept, unless too many rows came or went since.
+
+        Without cells there is nothing to calibrate.
+        """
+        if self.cells is None:
+            return self
         kept = Calibration.kept(index.folder, folder / _CALIBRATION)
         sizes = {segment.name: segment.codes.ntotal for segment in self.segments}
         if kept is None or kept.aged(sizes, len(index.ok_positions)):
@@ -230,7 +241,11 @@ class Accelerator:
         asked, found = measured(index, scale, metric, self.cells.count, propose)
         names = tuple(segment.name for segment in self.segments)
         made = Calibration(self.cells.count, asked, len(index.ok_positions), names, found)
-        made.keep(index.folder, folder / _CALIBRATION)
+        try:
+            made.keep(index.folder, folder / _CALIBRATION)
+        except OSError as error:
+            _log.warning("%s: what its cells hold is measured again next time, as it could not be "
+                         "kept (%s)", index.folder, error)  # fmt: skip
         for line in made.told():
             _log.warning("%s: %s", index.folder, line)
         return replace(self, calibration=made)

@@ -44,7 +44,7 @@ MOST_CELLS = 2048
 MOST_SAMPLE = 32_768  # rows: 128 MiB in half precision at 2048 dimensions
 _ROUNDS = 10  # of k-means
 _BLOCK_ROWS = 512
-_AGED = 8  # measured again once one row in so many has come or gone
+_AGED = 8  # measured again once one row in so many has come, or has gone
 _GROWN = 4  # cells are made again once there should be so many times as many
 
 # For queries [Q, dim], results wanted, cells visited (None: all): the positions proposed for each
@@ -134,8 +134,8 @@ class Measured:
     """What visiting some cells proposes, when `top` results are asked for."""
 
     top: int
-    visit: int | None  # the fewest cells that suffice; None: half of them do not
-    recall: float  # share of the exact best proposed so, or by half of the cells where that fails
+    visit: int | None  # the fewest cells that suffice; None: all codes are scanned
+    recall: float  # share of the exact best proposed so, or by the most cells that were tried
     scanned: float  # mean share of the codes that this reads
     everything: float  # share of the exact best proposed by all codes
 
@@ -158,21 +158,27 @@ class Calibration:
         """Whether too many rows came or went; `sizes` are the rows of each segment by name."""
         new = sum(rows for name, rows in sizes.items() if name not in self.segments)
         gone = max(0, self.searchable - (searchable - new))
-        return (new + gone) * _AGED > max(searchable, self.searchable)
+        # Not their sum: an append makes a new segment of the last, whose old rows are in both.
+        return max(new, gone) * _AGED > max(searchable, self.searchable)
 
     def told(self) -> Iterator[str]:
         """Say for each number of results what was measured and what follows."""
         for found in self.measured:
-            what = (
-                f"a search for {found.top} visits {found.visit:,} of {self.cells:,} cells "
-                f"({found.scanned:.0%} of the codes), which proposed"
-                if found.visit is not None
-                else f"a search for {found.top} scans all codes: half of {self.cells:,} cells "
-                "proposed only"
-            )
+            if found.visit is not None:
+                what = (
+                    f"visits {found.visit:,} of {self.cells:,} cells "
+                    f"({found.scanned:.0%} of the codes), which proposed"
+                )
+            elif found.scanned > MOST_SHARE:  # whether or not it is enough that they proposed
+                what = (
+                    f"scans all codes: cells would read {found.scanned:.0%} of the codes, which "
+                    "proposed"
+                )
+            else:
+                what = f"scans all codes: half of {self.cells:,} cells proposed only"
             yield (
-                f"{what} {found.recall:.3f} of the exact best of {self.queries} sample queries "
-                f"(all codes {found.everything:.3f})"
+                f"a search for {found.top} {what} {found.recall:.3f} of the exact best of "
+                f"{self.queries} sample queries (all codes {found.everything:.3f})"
             )
 
     def keep(self, root: Path, path: Path) -> None:
