@@ -13,6 +13,9 @@ from torch import nn
 
 from .errors import ModelError
 
+# cuBLAS repeats only with it, and reads it at its first product, which may come before an engine's.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -62,7 +65,6 @@ def running(execution: Execution, *, cudnn_attention: bool = True) -> Iterator[N
     settings: Any = torch.utils.deterministic
     filled = settings.fill_uninitialized_memory
     settings.fill_uninitialized_memory = False  # a safeguard that costs time
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with it
     torch.use_deterministic_algorithms(execution.deterministic)
     attention: Any = torch.backends.cuda
     through_cudnn = attention.cudnn_sdp_enabled()

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from .errors import ModelError
 from .layers import default_parameters
 from .model import DTYPES, Model
@@ -115,7 +117,7 @@ def resolved(recipe: Recipe, model: Model) -> Recipe:
         dtype=loaded,
         parameters=parameters,
         trajectory=trajectory,
-        levels=f"{low:g}-{high:g}",
+        levels="-".join(np.format_float_positional(share, trim="-") for share in (low, high)),
     )
 
 

@@ -142,8 +142,10 @@ def run(
         check_files(customised, weights=weights == "customised")
     rows = _RowStore(out / "rows", asked.laion, batch, say)
     table = pa.concat_tables(
-        _one_model(out, Path(tree), base, customised, configurations, rows, weights, seeds, say)
-        for customised in wanted
+        _one_model(
+            out, Path(tree), base, customised, place, configurations, rows, weights, seeds, say
+        )
+        for place, customised in enumerate(wanted)
     )
     kinds = dict.fromkeys(table["concept"].to_pylist(), "recall_at_10")
     intro = _intro(table, weights, laion)
@@ -156,6 +158,7 @@ def _one_model(
     tree: Path,
     base: Model,
     customised: Customised,
+    place: int,
     configurations: Sequence[Configuration],
     rows: _RowStore,
     weights: str,
@@ -172,6 +175,7 @@ def _one_model(
         tuple(str(path.relative_to(tree)) for path in customised.exemplars),
     )
     study = _study(model, customised, exemplars, rows.laion, given, tree, seeds, rows.batch)
+    study = replace(study, replicate=place)  # intervals draw models again, and pictures within them
     teller = base if weights == "base" else model  # who tells of LAION
 
     def ingest(engine: Engine, corpus: Corpus, batch: int) -> Ingested:

@@ -204,7 +204,8 @@ def run(
                 if replicate == 0:
                     folder = out / _folder(study.name)
                     folder.mkdir(parents=True, exist_ok=True)
-                    lines = top_ten(study, lesson, table, configurations[-1].name, pictured)
+                    shown = table["method"][-1].as_py()  # the last that its questions suffice for
+                    lines = top_ten(study, lesson, table, shown, pictured)
                     record.grid(lines, folder / "abc-mini-top10.png")
     whole = pa.concat_tables(tables)
     metrics = {_kind(count): "recall_at_10" for count in exemplars}
@@ -330,7 +331,7 @@ def top_ten(
     place = {key: i for i, key in enumerate(lesson.keys)}
     found = [r for r in table.to_pylist() if r["method"] == method and r["label_free"]]
     lines = []
-    for row in found[:: max(1, len(found) // count)][:count]:
+    for row in found[:: max(1, len(found) // max(1, count))][:count]:
         question = study.questions[row["question"]]
         first = row["question"] * study.seeds
         (drawn,) = to_images(study.model, study.pictures[first : first + 1])

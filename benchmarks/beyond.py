@@ -94,7 +94,6 @@ def run(
         name="controls",
         questions=questions(art, unrelated, wording),
         seeds=max(1, seeds // 2),
-        _drawings={},
     )
     (default,) = named([OURS])
     records: list[dict[str, Any]] = []
@@ -157,9 +156,11 @@ def ideas(study: Study, control: Study, default: Configuration, *, passes: bool)
     engine = parted(Engine(study.model, default.recipe), (TEXT_SIDE,))
     started = time.perf_counter()
     pieces, losses = row_pieces(engine, study.corpus, study.batch)  # [N, T, 2, dim], [N]
+    float(losses.sum())  # waits for the device
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     asked = query_pieces(study, engine, study.questions)  # [Q, S, T, 2, dim]
+    float(asked.sum())
     query_seconds = time.perf_counter() - started
     features, rows = pieces.sum((1, 2)), asked.sum((2, 3))
     base = Answers(

@@ -154,7 +154,7 @@ def run(
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
     named = methods_of(methods, Recipe(parameters=parameters, dim=dim))
     training = Training(tuple(widths), steps, batch, learning_rate)
-    base = base_model(model, device)
+    base = base_model(model, device, corpus)
     if corpus is None:
         material = drawings(base, per_pair=per_pair, unseen=unseen, pixels=pixels)
     else:
@@ -279,7 +279,7 @@ def study_of(
 def scores_of(
     study: Study, methods: Sequence[Configuration], say: Say
 ) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
-    """Scores [N, Q] of every baseline and method, at the damping that the method itself chooses."""
+    """Scores [N, Q] of every baseline and method, at a query's own damping."""
     for name, baseline in BASELINES.items():
         if not name.startswith("ceiling"):
             yield name, baseline(study)

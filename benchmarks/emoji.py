@@ -64,7 +64,7 @@ def run(
         out: folder of the record.
         corpus: folder of the corpus.
         model: pipeline folder of the model that was trained on it.
-        rows: training images, drawn at random; 0 for all.
+        rows: training images, up to half of them carriers of the asked objects; 0 for all.
         pairs: held-out pairs, evenly spread; each is asked twice.
         seeds: pictures drawn for each pair.
         batch: images per forward pass.
@@ -124,18 +124,23 @@ def read(folder: Path, rows: int, pairs: int) -> tuple[pa.Table, list[dict[str, 
             raise BenchmarkError(f"{folder} holds no {name}; give the folder of the emoji corpus")
     art, held_out = (pq.read_table(folder / name) for name in ("train.parquet", "heldout.parquet"))
     for count, there, what in (
-        (rows, len(art), "images"),
+        (rows or len(art), len(art), "images"),
         (pairs, len(held_out), "held-out pairs"),
     ):
-        if count > there:
+        if not 1 <= count <= there:
             raise BenchmarkError(
-                f"{folder} holds {there} {what}, {count} were asked for; ask for fewer"
+                f"{folder} holds {there} {what}, {count} were asked for; ask for 1 to {there}"
             )
-    if rows:
-        chosen = np.random.default_rng(0).choice(len(art), rows, replace=False)
-        art = art.take(np.sort(chosen))
     listed = held_out.drop(["image"]).to_pylist()
-    return art, listed[:: len(listed) // pairs][:pairs]
+    asked = listed[:: len(listed) // pairs][:pairs]
+    if rows:
+        # Up to half are the asked objects' carriers: few rows at random hold hardly one of each.
+        order = np.random.default_rng(0).permutation(len(art))
+        carriers = np.isin(art["name"].to_pylist(), [pair["name"] for pair in asked])[order]
+        sure = order[carriers][: rows // 2]
+        others = order[~np.isin(order, sure)][: rows - len(sure)]
+        art = art.take(np.sort(np.concatenate([sure, others])))
+    return art, asked
 
 
 def make_study(
@@ -235,7 +240,7 @@ def top_ten(
     """Lines for `record.grid`: questions evenly spread, and what the method found unasked."""
     place = {key: i for i, key in enumerate(study.corpus.keys)}
     found = [r for r in table.to_pylist() if r["method"] == method and r["label_free"]]
-    step = max(1, (len(found) - 1) // count) | 1  # odd: both concepts take turns
+    step = max(1, (len(found) - 1) // max(1, count)) | 1  # odd: both concepts take turns
     lines = []
     for row in found[::step][:count]:
         question = study.questions[row["question"]]

@@ -136,7 +136,7 @@ def run(
         raise BenchmarkError(f"{subsets} subsets have no ranks to speak of; give 16 or more")
     settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
     named = with_images(methods_of(methods, Recipe(parameters=parameters, dim=dim)))
-    base = base_model(model, device)
+    base = base_model(model, device, corpus)
     if corpus is None:
         material = drawings(base, per_pair=per_pair, unseen=questions, pixels=pixels)
     else:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from headwater.attribution import Model
+from headwater.benchmarks.emoji import EMOJI, worded
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.retraining import Lessons, lessons_of
 from headwater.benchmarks.study import Corpus
@@ -103,8 +104,14 @@ class Material:
         return lessons_of(base, pictures.x_0, [[*lines, ""] for lines in said], SHARES)
 
 
-def base_model(folder: str | None, device: str) -> Model:
-    """The pipeline that lends its autoencoder and text encoder; the demo's if none is named."""
+def base_model(folder: str | None, device: str, corpus: str | None) -> Model:
+    """The pipeline that lends its autoencoder and text encoder; the demo's if none is named.
+
+    Raises:
+        BenchmarkError: a corpus without a model; the demo's knows the words of its own only.
+    """
+    if corpus is not None and folder is None:
+        raise BenchmarkError(f"--corpus {corpus} needs --model, whose text encoder knows its words")
     if folder is not None:
         return Model.from_pretrained(folder, device=device, dtype="float32")
     with as_file(files("headwater.demo") / "model") as shipped:
@@ -175,8 +182,8 @@ def emoji(
         pixels,
         labels={kind: [row[column] for row in rows] for kind, column in _EMOJI.items()},
         lacking={
-            "object": [f"an emoji in {row['style']} style" for row in rows],
-            "style": [f"a {row['name']} emoji" for row in rows],
+            "object": [worded(EMOJI[1], row) for row in rows],
+            "style": [worded(EMOJI[2], row) for row in rows],
         },
     )
     apart = set(generator.permutation(len(rows))[:unseen].tolist())

@@ -99,7 +99,7 @@ def run(
     table = pa.Table.from_pylist(records)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(f"{out.name}.md").write_text(report(table, machine(device), repeats))
+        out.with_name(f"{out.name}.md").write_text(report(table, machine(str(where)), repeats))
     return table
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headwater.benchmarks.measure import BASELINES
+from headwater.benchmarks.methods import METHODS_TABLE
 from headwater.benchmarks.record import machine, told
 from headwater.benchmarks.summary import DRAWS, interval
 
@@ -97,7 +98,8 @@ def _over(ours: float, rival: float) -> float:
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Our drop and loss rise against the best other method's and the controls'."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    rivals = [method for method in methods if method not in (OURS, CARRIERS, *BASELINES)]
+    ours = {name for name, row in METHODS_TABLE.items() if row.source == "ours"}
+    rivals = [m for m in methods if m not in (*ours, CARRIERS, *BASELINES)]
     controls = [method for method in methods if method == CARRIERS or method in BASELINES]
     if OURS not in methods:
         return []

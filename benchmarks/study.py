@@ -38,6 +38,7 @@ from headwater.attribution import (
     stretch,
 )
 from headwater.benchmarks.errors import BenchmarkError
+from headwater.index import Metric
 from headwater.queries import Asking
 
 Say = Callable[[str], object]
@@ -79,6 +80,12 @@ class Configuration:
     preconditioning: str = "query"  # or "none"
     source: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse what no index could be asked with."""
+        Metric(self.similarity, self.preconditioning)
+        if self.preconditioning == "both":
+            raise BenchmarkError("preconditioning 'both' is not measured here; choose query, none")
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -119,7 +126,7 @@ class Study:
     replicate: int = 0  # seed of the training that made the model
     steps: int = 50  # DDIM steps of a drawn picture
     guidance: float = 7.5  # of a drawn picture
-    _drawings: dict[tuple[int, str], Drawn] = field(default_factory=dict, repr=False, compare=False)
+    _drawings: dict[object, Drawn] = field(default_factory=dict, repr=False, compare=False)
     # Of this corpus and model: no study that is made of this one with others takes it over.
     _ingested: dict[Recipe, Ingested] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -142,9 +149,11 @@ class Study:
 
     def drawn(self, count: int = Recipe.timesteps, levels: str = Recipe.levels) -> Drawn:
         """The pictures, drawn at the first call, with `count` noise levels of their paths."""
-        if (count, levels) not in self._drawings:
-            self._drawings[count, levels] = self._draw(count, levels)
-        return self._drawings[count, levels]
+        drawn_by = (id(self.model), self.steps, self.guidance, *self.keys, *self.prompts)
+        key = (count, levels, drawn_by)  # a study made of this one may draw others
+        if key not in self._drawings:
+            self._drawings[key] = self._draw(count, levels)
+        return self._drawings[key]
 
     @cached_property
     def pictures(self) -> Tensor:
@@ -252,9 +261,18 @@ def answer(study: Study, configuration: Configuration, ingest: Ingest | None = N
         study._ingested.clear()  # methods of one recipe come one after another
         study._ingested[configuration.recipe] = ingest(engine, study.corpus, study.batch)
     corpus = study._ingested[configuration.recipe]
+    if configuration.query in ("slider", "journey") and not study.given:
+        study.drawn(engine.recipe.timesteps, engine.recipe.levels)
+    float(study.pictures.sum())  # drawn by now, and not in the time of a query
     started = time.perf_counter()
     rows = query_rows(study, engine, configuration.query)
-    float(rows.sum())  # waits for the device
+    finite = rows.flatten(1).isfinite().all(dim=1)
+    if not finite.all():
+        asked = study.questions[int((~finite).nonzero()[0])]
+        raise BenchmarkError(
+            f"{study.name}, {configuration.name}: the query about {asked.concept} of "
+            f"{asked.prompt!r} is not finite; use another dtype"
+        )
     query_seconds = time.perf_counter() - started
     return Answers(
         configuration,
@@ -285,11 +303,12 @@ def corpus_rows(engine: Engine, corpus: Corpus, batch: int) -> tuple[Tensor, Ten
         found = engine.rows(corpus.x_0[part], corpus.captions[part], corpus.keys[part])
         rows.append(found.features)
         weights.append(found.weights)
-    features = torch.cat(rows)
-    if not features.isfinite().all():
-        bad = corpus.keys[int((~features.isfinite().all(dim=1)).nonzero()[0])]
+    features, weight = torch.cat(rows), torch.cat(weights)
+    finite = features.isfinite().all(dim=1) & weight.isfinite()
+    if not finite.all():
+        bad = corpus.keys[int((~finite).nonzero()[0])]
         raise BenchmarkError(f"the row of {bad} is not finite; use another dtype or method")
-    return features, torch.cat(weights)
+    return features, weight
 
 
 def curvature_of(features: Tensor) -> Curvature:

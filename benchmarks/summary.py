@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from headwater.benchmarks.errors import BenchmarkError
+
 DRAWS = 2000
 
 
@@ -52,6 +54,11 @@ def summarise(table: pa.Table, metrics: Mapping[str, str]) -> list[Cell]:
             if not of:
                 continue
             free = {_question(row): row for row in of if row["label_free"]}
+            if len(free) < sum(row["label_free"] for row in of):
+                raise BenchmarkError(
+                    f"{method}, {concept}: two studies have one replicate and number their "
+                    "questions alike; give each its own replicate"
+                )
             values = {key: row[metric] for key, row in free.items()}
             low, high = interval(list(free.values()), metric)
             swept = [row for row in of if row["damping"] is not None]

@@ -171,7 +171,7 @@ def _control(
     model = Model.from_pipeline(pipe, device=str(study.model.device), dtype=dtype)
     first = study.pictures.view(len(study.asked), study.seeds, *study.pictures.shape[1:])[:, 0]
     given = {picture: x_0 for (picture, _), x_0 in zip(study.asked, first, strict=True)}
-    control = replace(study, model=model, given=given, _drawings={})
+    control = replace(study, model=model, given=given)
     asked = [replace(c, name=f"{c.name}, untrained model") for c in methods_of(methods, base)]
     return measure(control, asked, say, baselines={})
 

@@ -111,10 +111,10 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 "the prompt with both, and the rest as --contrast"
             )
     elif concept.contrast or concept.alone:
+        option = "contrast" if concept.contrast else "--alone"
         raise QueryError(
-            f"method {asking.method!r} takes no contrast ({concept.contrast or concept.alone!r} "
-            "was given); "
-            "leave it out, or ask with method 'contrast' or 'slider'"
+            f"method {asking.method!r} takes no {option} ({concept.contrast or concept.alone!r} "
+            "was given); leave it out, or ask with method 'contrast'"
         )
     if asking.method == "journey" and concept.image is not None:
         raise QueryError(

@@ -42,6 +42,8 @@ def query_rows(
     for text in (concept.prompt, *compared, *filter(None, [concept.alone])):
         if reason := model.refuses(text):
             raise QueryError(f"{reason}; ask with what it was trained on")
+    if concept.alone and (reason := model.refuses("")):
+        raise QueryError(f"{reason}, so it has no concept without the rest; leave out --alone")
     picture = None if concept.image is None else read_picture(concept.image)
     given = None  # [1, C, h, w]
     if picture is not None:

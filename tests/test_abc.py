@@ -217,7 +217,7 @@ def test_every_ranking_is_that_of_the_whole_corpus_in_memory(
 ) -> None:
     table = run(tmp_path, tree, base_folder, weights=weights)
     expected = []
-    for one in read.customised:
+    for place, one in enumerate(read.customised):
         model = customise(base, one, weights=weights == "customised")
         count = len(one.exemplars)
         exemplars = read_pictures(one.exemplars, model)
@@ -237,7 +237,9 @@ def test_every_ranking_is_that_of_the_whole_corpus_in_memory(
             for name, task in zip(names, one.tasks, strict=True)
         )
         given = dict(zip(names, pictures, strict=True))
-        study = Study("abc", model, corpus, questions, seeds=2, batch=16, given=given)
+        study = Study(
+            "abc", model, corpus, questions, seeds=2, batch=16, given=given, replicate=place
+        )
         for baseline, of in BASELINES.items():
             expected += rankings(measure(study, (), lambda _: None, baselines={baseline: of}))
         expected += rankings(measure(study, quick(METHODS), lambda _: None, baselines={}))

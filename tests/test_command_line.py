@@ -438,7 +438,7 @@ def test_out_folder_that_is_no_index_or_one_of_another_space(
         (("--prompt", "a cat", "--damping", "inf"), "must be positive"),
         (("--prompt", "a cat", "--guidance", "nan"), "must be finite"),
         (("--prompt", "a cat", "--method", "image", "--contrast", "a"), "takes no contrast"),
-        (("--prompt", "a cat", "--method", "image", "--alone", "a"), "takes no contrast"),
+        (("--prompt", "a cat", "--method", "image", "--alone", "a"), "takes no --alone"),
         (("--prompt", "a cat", "--method", "slider", "--alone", "a"), "takes no --alone"),
         (("--prompt", "a cat", "--alone", "a"), "the rest as --contrast"),
         (("--prompt", "a cat", "--device", "foo"), "--device foo cannot be used"),

@@ -309,7 +309,7 @@ def emoji_corpus(folder: Path) -> Path:
 
 
 def test_emoji_are_the_names_that_all_styles_have(tmp_path: Path) -> None:
-    base = base_model(None, "cpu")
+    base = base_model(None, "cpu", None)
     corpus = emoji_corpus(tmp_path / "emoji")
     found = emoji(base, corpus, styles=("noto", "black"), names=0, unseen=3, pixels=32)
     assert (len(found.trained), len(found.unseen)) == (5, 3)
@@ -328,12 +328,14 @@ def test_emoji_are_the_names_that_all_styles_have(tmp_path: Path) -> None:
     assert len(fewer.trained) == 3
     with pytest.raises(BenchmarkError, match="choose other styles"):
         emoji(base, corpus, styles=("noto", "none"), names=0, unseen=0, pixels=32)
+    with pytest.raises(BenchmarkError, match="needs --model"):  # the demo knows no such words
+        base_model(None, "cpu", str(corpus))
     with pytest.raises(BenchmarkError, match=r"train.parquet does not exist; --corpus"):
         emoji(base, tmp_path, styles=("noto",), names=0, unseen=0, pixels=32)
 
 
 def test_drawings_go_round_all_pairs() -> None:
-    base = base_model(None, "cpu")
+    base = base_model(None, "cpu", None)
     found = drawings(base, per_pair=1, unseen=60, pixels=32)
     assert len(found.trained) == 40
     assert len(set(found.trained.captions)) == 40

@@ -484,7 +484,7 @@ def test_controls_are_about_other_objects(tiny_corpus: Path, tiny_study: Study) 
     pairs = beyond.control_pairs(art, asked, 5)
     assert len(pairs) == 5
     assert {pair["name"] for pair in pairs} <= {"fish", "house"}
-    control = replace(tiny_study, questions=emoji.questions(art, pairs, TINY), _drawings={})
+    control = replace(tiny_study, questions=emoji.questions(art, pairs, TINY))
     rows = torch.randn(10, 3, 4)
     centre = beyond.centre(control, rows, tiny_study)
     assert centre.shape == (4, 1, 4)
