@@ -171,7 +171,16 @@ def _control(
     model = Model.from_pipeline(pipe, device=str(study.model.device), dtype=dtype)
     first = study.pictures.view(len(study.asked), study.seeds, *study.pictures.shape[1:])[:, 0]
     given = {picture: x_0 for (picture, _), x_0 in zip(study.asked, first, strict=True)}
-    control = replace(study, model=model, given=given, _drawings={})
+    control = Study(
+        name=study.name,
+        model=model,
+        corpus=study.corpus,
+        questions=study.questions,
+        seeds=study.seeds,
+        batch=study.batch,
+        given=given,
+        replicate=study.replicate,
+    )
     asked = [replace(c, name=f"{c.name}, untrained model") for c in _chosen(methods, base)]
     return measure(control, asked, say, baselines={})
 
