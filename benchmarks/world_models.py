@@ -47,7 +47,8 @@ from headwater.benchmarks.worlds import Pictures, World, draw
 RATE = 0.9
 ACCURACY = 0.98
 # Separate streams of randomness, so that no picture is drawn from the same numbers twice.
-CORPUS_STREAM, CLASSIFIER_STREAM, CHECK_STREAM, SHEET_STREAM = 0, 1001, 1002, 1003
+CORPUS_STREAM, AUTOENCODER_STREAM = 0, 1
+CLASSIFIER_STREAM, CHECK_STREAM, SHEET_STREAM = 1001, 1002, 1003
 MONITOR_STREAM, GATE_STREAM = 2001, 2002
 _WATCHED = 16  # pictures each time while training
 
@@ -81,7 +82,7 @@ def models(
     folders = [out / f"model-{cfg.seed + number}" for number in range(replicates)]
     if not all(folder.exists() for folder in folders):
         images = pictures.images.to(device)
-        vae = _autoencoder(out / "vae", images, cfg, progress)
+        vae = _autoencoder(out / "vae", world, len(images), cfg, device, progress)
         classifier, accuracy = recogniser(world, vae, cfg, device)
         progress.say(f"classifier on fresh renders: {accuracy}")
         progress.stage_done("classifier")
@@ -181,28 +182,32 @@ def recogniser(
     """A classifier of all combinations, and how often it is right on other renders.
 
     Each head knows one value more, "none of them", for pictures of no such thing: a model that
-    draws them is not to pass by a lucky guess. Pictures are seen as they are and as the
-    autoencoder returns them.
+    draws them is not to pass by a lucky guess. It learns from renders alone, so that what the
+    autoencoder loses is lost to it, too: its accuracy is told apart for decoded renders.
     """
 
     def labelled(number: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
         pictures = draw(world, world.combinations, number, stream)
-        # One step more than there are combinations: of each some.
-        nothing = nonsense(pictures.images[:: len(world.combinations) + 1], stream)
-        images = torch.cat([pictures.images, nothing]).to(device)
         labels = [world.labels(values) for values in pictures.values]
-        labels += [[len(values) for values in world.attributes.values()]] * len(nothing)
-        with torch.no_grad():
-            decoded = torch.cat([vae(part).sample.clamp(-1, 1) for part in images.split(64)])
-        return torch.cat([images, decoded]), torch.tensor(labels * 2, device=device)
+        return pictures.images.to(device), torch.tensor(labels, device=device)
 
-    classes = [len(values) + 1 for values in world.attributes.values()]
-    classifier = train_classifier(*labelled(cfg.classifier_images, CLASSIFIER_STREAM), classes, cfg)
+    images, labels = labelled(cfg.classifier_images, CLASSIFIER_STREAM)
+    # One step more than there are combinations: of each some.
+    nothing = nonsense(images[:: len(world.combinations) + 1].cpu(), CLASSIFIER_STREAM).to(device)
+    none = torch.tensor([[len(values) for values in world.attributes.values()]], device=device)
+    classifier = train_classifier(
+        torch.cat([images, nothing]),
+        torch.cat([labels, none.expand(len(nothing), -1)]),
+        [len(values) + 1 for values in world.attributes.values()],
+        cfg,
+    )
     images, labels = labelled(cfg.classifier_images // 4, CHECK_STREAM)
-    right = (classify(classifier, images) == labels).float()
+    with torch.no_grad():
+        decoded = torch.cat([vae(part).sample.clamp(-1, 1) for part in images.split(64)])
     accuracy = {}
-    for kind, of in zip(("", ", decoded"), right.chunk(2), strict=True):
-        for attribute, share in zip(world.attributes, of.mean(0).tolist(), strict=True):
+    for kind, seen in (("", images), (", decoded", decoded)):
+        right = (classify(classifier, seen) == labels).float().mean(0).tolist()
+        for attribute, share in zip(world.attributes, right, strict=True):
             accuracy[attribute + kind] = round(share, 4)
     return classifier, accuracy
 
@@ -231,15 +236,21 @@ def _same_settings(file: Path, world: World, images: int, cfg: Settings) -> None
         )
 
 
-def _autoencoder(folder: Path, images: torch.Tensor, cfg: Settings, progress: Progress) -> Any:
-    """Trained on the world's pictures; it has never seen the held-out combination, either."""
+def _autoencoder(
+    folder: Path, world: World, number: int, cfg: Settings, device: torch.device, progress: Progress
+) -> Any:
+    """Trained on as many pictures of its own, none of the held-out combination, either.
+
+    Of each combination equally many: of a rare one it would lose the colour.
+    """
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
+        images = draw(world, world.shown, number, AUTOENCODER_STREAM).images.to(device)
         train_vae(images, cfg, progress).save_pretrained(part)
         part.rename(folder)
         progress.stage_done("autoencoder")
     vae: Any = AutoencoderKL.from_pretrained(folder)
-    return vae.to(images.device).eval()
+    return vae.to(device).eval()
 
 
 def _train(

@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
     "seeds": 2,
     "batch": 64,
     "training": {
-        "vae_steps": 400,
+        "vae_steps": 800,
         "vae_batch_size": 16,
         "vae_widths": [16, 16, 32],
         "steps": 3600,
