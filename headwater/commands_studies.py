@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +65,9 @@ def _command(name: str) -> Callable[..., None]:
         from headwater.attribution import quiet_libraries
         from headwater.benchmarks.errors import BenchmarkError
 
+        for needed in ("bm25s", "matplotlib"):
+            if find_spec(needed) is None:  # told now, not after the run
+                raise BenchmarkError(f"{needed} is not installed; pip install 'headwater[bench]'")
         if small and replay is not None:
             raise BenchmarkError("--small and --replay exclude each other; a record has settings")
         with quiet_libraries():  # while they are imported

@@ -88,6 +88,16 @@ def test_what_cannot_be_set_is_told(
     assert message in " ".join(err.split())
 
 
+def test_what_is_not_installed_is_told_before_the_run(
+    headwater: Command, seen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headwater.commands_studies.find_spec", lambda name: None)
+    code, _, err = headwater("bench", "emoji", "--out", tmp_path, "--corpus", "c")
+    assert code == 2
+    assert "bm25s is not installed; pip install" in " ".join(err.split())
+    assert not seen
+
+
 def test_a_record_of_another_benchmark_is_refused(
     headwater: Command, seen: dict[str, Any], tmp_path: Path
 ) -> None:
