@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from headwater.benchmarks.world_study import SMALL, run_world
+from headwater.benchmarks import world_study
+from headwater.benchmarks.world_study import run_world
 from headwater.benchmarks.worlds import World
-
-__all__ = ["SMALL", "run"]
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -163,5 +163,9 @@ WORLD = World(
     reduced=0.0,
 )
 
+SMALL: dict[str, Any] = {
+    **world_study.SMALL,  # a face has more to decode than a circle
+    "training": {**world_study.SMALL["training"], "vae_steps": 500},
+}
 # run(out, **settings): the settings and what is returned are those of `run_world`.
 run = partial(run_world, WORLD, INTRO)

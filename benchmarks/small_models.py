@@ -31,7 +31,7 @@ class Settings:
     seed: int = 0
     vae_steps: int = 3000
     vae_batch_size: int = 64
-    vae_widths: tuple[int, int, int] = (32, 48, 64)  # channels at 64, 32 and 16 pixels
+    vae_learning_rate: float = 1.5e-3
     steps: int = 3000
     batch_size: int = 192
     learning_rate: float = 1e-3
@@ -57,11 +57,11 @@ def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
-def build_vae(cfg: Settings) -> Any:
+def build_vae() -> Any:
     return AutoencoderKL(
         sample_size=64,
         latent_channels=4,
-        block_out_channels=cfg.vae_widths,
+        block_out_channels=(32, 48, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,

@@ -28,7 +28,6 @@ from headwater.benchmarks.small_models import (
     build_scheduler,
     build_text_encoder,
     build_unet,
-    build_vae,
     count,
     token_ids,
 )
@@ -176,12 +175,10 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def train_vae(images: torch.Tensor, cfg: Settings, progress: Progress) -> Any:
-    """An autoencoder of ``images`` [N, 3, 64, 64]."""
+def train_vae(vae: Any, images: torch.Tensor, cfg: Settings, progress: Progress) -> None:
+    """Fit the autoencoder, new or trained before, to ``images`` [N, 3, 64, 64]."""
     device = images.device
-    torch.manual_seed(cfg.seed)
-    vae = build_vae(cfg).to(device).train()
-    progress.say(f"{len(images)} images; autoencoder {count(vae):,} parameters")
+    vae.train()
     generator = torch.Generator(device).manual_seed(cfg.seed + 1)
     rows = torch.empty(cfg.vae_batch_size, dtype=torch.long, device=device)
     noise = torch.empty(cfg.vae_batch_size, 4, 16, 16, device=device)
@@ -208,8 +205,8 @@ def train_vae(images: torch.Tensor, cfg: Settings, progress: Progress) -> Any:
 
     live = list(vae.parameters())
     trainer = Trainer(draw, loss, live, progress, weight_decay=1e-4, graph=cfg.graph)
-    trainer.fit(cfg.vae_steps, 1.5e-3, max(1, cfg.vae_steps // 20), 8, report)
-    return vae.eval()
+    trainer.fit(cfg.vae_steps, cfg.vae_learning_rate, max(1, cfg.vae_steps // 20), 8, report)
+    vae.eval()
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ from headwater.benchmarks.recognition import Classifier
 from headwater.benchmarks.small_models import (
     Settings,
     build_tokenizer,
+    build_vae,
+    count,
     to_tensor,
 )
 from headwater.benchmarks.small_training import DenoisingTask, Progress, train_unet, train_vae
@@ -64,7 +66,10 @@ def train(
     corpus = make_corpus()
     pictures = [Image.open(io.BytesIO(png)) for png in corpus["image"].to_pylist()]
     images = to_tensor(pictures).to(device)
-    vae = train_vae(images, cfg, progress)
+    torch.manual_seed(cfg.seed)
+    vae = build_vae().to(device)
+    progress.say(f"corpus of {len(images)} images; autoencoder {count(vae):,} parameters")
+    train_vae(vae, images, cfg, progress)
     progress.stage_done("vae")
     tokenizer = build_tokenizer(sentences())
     captions = [

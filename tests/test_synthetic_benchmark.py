@@ -30,8 +30,8 @@ TINY: dict[str, Any] = {
     "methods": ["headwater", "d-trak"],
     "training": {
         **synthetic.SMALL["training"],
-        "vae_steps": 60,
-        "vae_batch_size": 8,
+        "vae_steps": 4,
+        "vae_batch_size": 4,
         "steps": 24,
         "batch_size": 24,
         "unet_widths": [16, 24, 24],
