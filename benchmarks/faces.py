@@ -145,7 +145,8 @@ taught it the glasses, the hat and the smile ("unseen"); the same is asked of pi
 combinations that it saw, for what their captions name ("seen"). No image carries all three concepts
 of an unseen picture, so one ranking for its questions is right for at most 2/3 on average. Captions
 name what is there, so caption search is right by construction; what a method finds in an untrained
-model is caption matching, too.
+model is caption matching, too. The autoencoder, which knows no words and is asked nothing, has seen
+every combination.
 
 Published (Concept-TRAK, 2507.06547, on CelebA-HQ; its own model and scale, lambda chosen by test
 recall), unseen: Concept-TRAK .97, DAS .67, TRAK .60, D-TRAK .30.

@@ -57,7 +57,8 @@ shape, and by how much the colour ("unseen"); the same is asked of pictures of c
 saw ("seen"). Eight of ten images are blue circles, one is a red circle, one a blue triangle. No
 image carries both concepts of an unseen picture, so one ranking for both questions is right for at
 most 1/2 on average. Captions name shape and colour, so caption search is right by construction;
-what a method finds in an untrained model is caption matching, too.
+what a method finds in an untrained model is caption matching, too. The autoencoder, which knows no
+words and is asked nothing, has seen red triangles, or it could not decode one.
 
 Published (Concept-TRAK, 2507.06547; its own model and scale, lambda chosen by test recall), seen /
 unseen: Concept-TRAK 1.00 / .85, DAS 1.00 / .50, D-TRAK 1.00 / .50, TRAK .80 / .45; activation
