@@ -29,7 +29,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ from headwater.benchmarks.finetuning import (
     denoising_loss,
     textual_inversion,
 )
+from headwater.benchmarks.material import base_model
 from headwater.benchmarks.measure import measure
 from headwater.benchmarks.methods import chosen
 from headwater.benchmarks.study import Corpus, Question, Say, Study
@@ -179,7 +179,7 @@ def run(
     if len(worded) != 3:
         raise BenchmarkError(f"wording {list(worded)} is not three: with, without, known word")
     configurations = chosen(methods)
-    base = _base(model, device)
+    base = base_model(model, device, None)
     tables: list[pa.Table] = []
     recognition: dict[str, list[float]] = {}
     for replicate in range(replicates):
@@ -338,12 +338,6 @@ def top_ten(
         hits = [(lesson.images[place[k]], bool(question.truth[place[k]])) for k in row["top"]]
         lines.append((f"{study.name}: {question.prompt}, {row['concept']}", drawn, hits))
     return lines
-
-
-def _base(folder: str | None, device: str) -> Model:
-    """In float32, as it is to be trained."""
-    with as_file(files("headwater.demo") / "model") as demo:
-        return Model.from_pretrained(folder or demo, device=device, dtype="float32")
 
 
 def _kind(count: int) -> str:

@@ -31,7 +31,7 @@ from headwater.attribution import Model, Recipe
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material, Pictures, base_model, drawings, emoji, evenly
-from headwater.benchmarks.measure import BASELINES, DAMPINGS, answerable
+from headwater.benchmarks.measure import BASELINES, answerable, wanted
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.noised import Noised, heard, noised, predicted
 from headwater.benchmarks.ranks import spearman
@@ -344,17 +344,11 @@ def scored(
     for configuration in answerable(study, methods, say):
         answers = answer(study, configuration)
         facts: dict[str, Any] = {"ingest_seconds": answers.ingest_seconds}
-        for damping in _dampings(configuration, answers.damping):
+        for damping in wanted(answers):
             facts |= {"damping": damping, "label_free": damping in (None, answers.damping)}
             scores = answers.scores(damping).double().cpu().numpy()
             add(configuration.name, lds(scores, halves, true), facts)
     return records
-
-
-def _dampings(configuration: Configuration, own: float) -> list[float | None]:
-    if configuration.preconditioning == "none":
-        return [None]
-    return [*sorted({*DAMPINGS, own})]
 
 
 def lds(

@@ -106,7 +106,7 @@ def measured(
         "ingest_seconds": answers.ingest_seconds,
         "query_seconds": answers.query_seconds / len(study.questions),
     }
-    for damping in _wanted(answers, dampings):
+    for damping in wanted(answers, dampings):
         facts = seconds | {
             "damping": damping,
             "label_free": damping is None or damping == answers.damping,
@@ -117,7 +117,8 @@ def measured(
     return records
 
 
-def _wanted(answers: Scored, dampings: Sequence[float]) -> list[float | None]:
+def wanted(answers: Scored, dampings: Sequence[float] = DAMPINGS) -> list[float | None]:
+    """The dampings and the label-free one, ascending; None alone where none is used."""
     if answers.configuration.preconditioning == "none":
         return [None]
     return [*sorted({*dampings, answers.damping})]

@@ -68,10 +68,15 @@ def write(
     return cells
 
 
-def configured(out: Path, name: str, settings: Mapping[str, Any], *, device: str) -> dict[str, Any]:
-    """Make the folder of a run with its `config.json`, and return what that says."""
+def configured(
+    out: Path, name: str, settings: Mapping[str, Any], *, device: str, **facts: Any
+) -> dict[str, Any]:
+    """Make the folder of a run with its `config.json`, and return what that says.
+
+    `facts` are what else a record of this benchmark holds.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    config = {"benchmark": name, "settings": dict(settings), **machine(device)}
+    config = {"benchmark": name, "settings": dict(settings), **machine(device), **facts}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return config
 

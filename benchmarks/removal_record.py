@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from headwater.benchmarks.measure import BASELINES
 from headwater.benchmarks.methods import METHODS_TABLE
-from headwater.benchmarks.record import machine, told
+from headwater.benchmarks.record import configured, told
 from headwater.benchmarks.summary import DRAWS, interval
 
 OURS = "headwater"
@@ -49,10 +48,8 @@ def write(
     device: str,
 ) -> None:
     """Leave `config.json`, the table as Parquet, Markdown and a plot in the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    config = {"benchmark": "counterfactual", "settings": dict(settings), **machine(device)}
-    config["classifier"] = dict(accuracy)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    facts = {"classifier": dict(accuracy)}
+    config = configured(out, "counterfactual", settings, device=device, **facts)
     pq.write_table(table, out / "counterfactual.parquet")
     rows = table.to_pylist()
     intro = _INTRO.format(accuracy=" and ".join(f"{v:.3f} ({k})" for k, v in accuracy.items()))
