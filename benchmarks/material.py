@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from headwater.attribution import Model
 from headwater.benchmarks.emoji import EMOJI, worded
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.retraining import Lessons, lessons_of
+from headwater.benchmarks.runs import digest
 from headwater.benchmarks.study import Corpus
 from headwater.demo.art import OBJECTS, STUDIOS
 from headwater.demo.corpus import HELD_OUT, make_corpus, object_contrast, studio_contrast
@@ -96,6 +98,12 @@ class Material:
     trained: Pictures
     unseen: Pictures
 
+    @property
+    def digest(self) -> str:
+        """Of all pictures' keys and captions."""
+        both = joined(self.trained, self.unseen)
+        return digest(pa.table({"key": both.keys, "caption": both.captions}))
+
     def lessons(self, base: Model) -> Lessons:
         """What can be trained on; concepts are left out of captions as often as `SHARES` says."""
         pictures = self.trained
@@ -122,6 +130,22 @@ def evenly(items: Sequence[int], count: int) -> list[int]:
     """At most `count` of the items, evenly spread."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def material_of(
+    base: Model,
+    corpus: str | None,
+    *,
+    styles: Sequence[str],
+    names: int,
+    per_pair: int,
+    unseen: int,
+    pixels: int,
+) -> Material:
+    """The emoji corpus's, or the demo's `drawings` where none is named."""
+    if corpus is None:
+        return drawings(base, per_pair=per_pair, unseen=unseen, pixels=pixels)
+    return emoji(base, Path(corpus), styles=styles, names=names, unseen=unseen, pixels=pixels)
 
 
 def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Material:

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from headwater.benchmarks.measure import BASELINES
 from headwater.benchmarks.methods import METHODS_TABLE
-from headwater.benchmarks.record import configured, told
+from headwater.benchmarks.record import told
+from headwater.benchmarks.runs import Run
 from headwater.benchmarks.summary import DRAWS, interval
 
 OURS = "headwater"
@@ -40,20 +41,13 @@ against the best other method first.
 """
 
 
-def write(
-    out: Path,
-    settings: Mapping[str, Any],
-    table: pa.Table,
-    accuracy: Mapping[str, float],
-    device: str,
-) -> None:
-    """Leave `config.json`, the table as Parquet, Markdown and a plot in the folder `out`."""
-    facts = {"classifier": dict(accuracy)}
-    config = configured(out, "counterfactual", settings, device=device, **facts)
+def write(run: Run, table: pa.Table, accuracy: Mapping[str, float]) -> None:
+    """Leave the table as Parquet, Markdown and a plot in the run's folder."""
+    out = run.out
     pq.write_table(table, out / "counterfactual.parquet")
     rows = table.to_pylist()
     intro = _INTRO.format(accuracy=" and ".join(f"{v:.3f} ({k})" for k, v in accuracy.items()))
-    lines = ["# counterfactual", intro, told(config), "", *_ratios(rows), *_tables(rows)]
+    lines = ["# counterfactual", intro, told(run.config), "", *_ratios(rows), *_tables(rows)]
     lines.append("![drop](counterfactual-drop.png)")
     (out / "counterfactual.md").write_text("\n".join(lines) + "\n")
     _plot(rows, out / "counterfactual-drop.png")

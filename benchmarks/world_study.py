@@ -23,9 +23,10 @@ from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.record import grid, write
+from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.small_models import Settings
 from headwater.benchmarks.small_training import Progress
-from headwater.benchmarks.study import Corpus, Say, Study
+from headwater.benchmarks.study import Configuration, Corpus, Say, Study
 from headwater.benchmarks.worlds import Pictures, World, questions
 
 # The autoencoder is the demo's, fitted a little.
@@ -100,18 +101,7 @@ def run_world(
         BenchmarkError: an unknown method or setting of training, a count below 1, or `out` holds
             models trained with other settings.
     """
-    settings: dict[str, Any] = {
-        "images": images,
-        "replicates": replicates,
-        "pictures": pictures,
-        "seeds": seeds,
-        "batch": batch,
-        "training": dict(training or {}),
-        "methods": list(methods),
-        "controls": list(controls),
-        "recipe": dict(recipe or {}),
-        "dtype": dtype,
-    }
+    settings = given(locals())
     for name in ("images", "replicates", "pictures", "seeds", "batch"):
         if settings[name] < 1:
             raise BenchmarkError(f"{name} is {settings[name]}; it must be at least 1")
@@ -120,6 +110,7 @@ def run_world(
     cfg = _training({**TRAINING, **(training or {})})
     corpus = world_models.corpus(world, images)
     where = usable_device(device)
+    begun = begin(out, world.name, settings, device=where, corpus=_digest(corpus), say=say)
     folders = world_models.models(
         out / "models", world, corpus, cfg, replicates, where, Progress(say)
     )
@@ -137,15 +128,22 @@ def run_world(
             steps=cfg.sampling_steps,  # drawn as at the gate
             guidance=cfg.guidance,
         )
-        tables.append(measure(study, chosen, say))
+        tables.append(measure(study, chosen, say, parts=begun.parts))
         if controls:
-            tables.append(_control(world, folder, study, controls, base, cfg, say))
+            control, untaught = _control(world, folder, study, controls, base, cfg)
+            tables.append(measure(control, untaught, say, baselines={}, parts=begun.parts))
         if replicate == 0:
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
     metrics = {q.concept: "precision_at_10" for q in study.questions}
-    write(out, world.name, settings, table, metrics, intro=intro, device=str(where))
+    write(begun, table, metrics, intro=intro)
+    begun.finish()
     return table
+
+
+def _digest(corpus: Pictures) -> str:
+    shown = [image.numpy().tobytes() for image in corpus.images]
+    return digest(pa.table({"key": corpus.keys, "image": shown, "values": corpus.values}))
 
 
 def _as_seen(world: World, model: Model, corpus: Pictures) -> Corpus:
@@ -162,9 +160,8 @@ def _control(
     methods: Sequence[str],
     base: Recipe,
     cfg: Settings,
-    say: Say,
-) -> pa.Table:
-    """The questions about the same pictures, put to a model that was taught nothing."""
+) -> tuple[Study, list[Configuration]]:
+    """The questions about the same pictures to a model that was taught nothing, and methods."""
     pipe = world_models.untrained(world, folder, replace(cfg, seed=study.replicate))
     dtype = next(name for name, kind in DTYPES.items() if kind is study.model.dtype)
     model = Model.from_pipeline(pipe, device=str(study.model.device), dtype=dtype)
@@ -172,7 +169,7 @@ def _control(
     given = {picture: x_0 for (picture, _), x_0 in zip(study.asked, first, strict=True)}
     control = replace(study, model=model, given=given)
     asked = [replace(c, name=f"{c.name}, untrained model") for c in methods_of(methods, base)]
-    return measure(control, asked, say, baselines={})
+    return control, asked
 
 
 def _training(values: Mapping[str, Any]) -> Settings:

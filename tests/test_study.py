@@ -27,6 +27,7 @@ from headwater.attribution import (
 from headwater.benchmarks import measure as measuring
 from headwater.benchmarks.measure import SCHEMA, measure, ranking_metrics
 from headwater.benchmarks.record import grid, write
+from headwater.benchmarks.runs import begin
 from headwater.benchmarks.study import (
     Answers,
     Configuration,
@@ -182,7 +183,8 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     assert not torch.equal(kept[1].features, kept[2].features)
 
     metrics = {"object": "recall_at_10", "style": "precision_at_10"}
-    cells = write(tmp_path, "tiny", {"seed": 0}, table, metrics, intro="A test.", device="cpu")
+    run = begin(tmp_path, "tiny", {"seed": 0}, corpus="none", say=said.append)
+    cells = write(run, table, metrics, intro="A test.")
     assert {cell.method for cell in cells} == {row["method"] for row in rows}
     assert pq.read_table(tmp_path / "tiny.parquet").equals(table)
     assert json.loads((tmp_path / "config.json").read_text())["settings"] == {"seed": 0}
