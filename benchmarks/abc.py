@@ -177,7 +177,7 @@ def _one_model(
         tuple(str(path.relative_to(tree)) for path in customised.exemplars),
     )
     study = _study(model, customised, exemplars, rows.laion, given, tree, seeds, rows.batch)
-    study = replace(study, replicate=place)  # intervals draw models again, and pictures within them
+    study = replace(study, replicate=place)  # intervals draw models and pictures again
     teller = base if weights == "base" else model  # who tells of LAION
 
     def ingest(engine: Engine, corpus: Corpus, batch: int) -> Ingested:

@@ -310,8 +310,9 @@ def make_study(
     """Who taught each subject? Asked about pictures that the model draws of it."""
     named, silent, _ = lesson.wording
     owner = np.array([-1] * len(lesson.captions) + lesson.owner)
+    # Another replicate's subject of this word is another subject, and so another picture.
     questions = tuple(
-        Question(_kind(count), named.format(word), silent, word, owner == number)
+        Question(_kind(count), named.format(word), silent, f"{word} {replicate}", owner == number)
         for number, (word, count) in enumerate(zip(lesson.words, lesson.counts, strict=True))
     )
     corpus = Corpus(x_0, lesson.told(captions), lesson.keys)

@@ -21,11 +21,11 @@ from headwater.benchmarks.summary import Cell, curves, summarise
 CELL, GAP, LABEL = 96, 6, 30
 _READING = """
 Columns: *label-free* is the method's own lambda, chosen without labels, with a 95 % bootstrap
-interval (over training seeds where there are several, and over pictures); *disjoint* the one
-lambda that does best on the other half of the pictures; *best* the one that does best on these;
-*oracle* the best of each question, as the published code reports. Only the first is a claim; it
-is one constant for all methods, settled once on 53 emoji pairs with the default query, so methods
-that want another lambda are to be compared by the disjoint column too.
+interval (over training seeds where there are several, and over pictures, which seeds share);
+*disjoint* the one lambda that does best on the other half of the pictures; *best* the one that
+does best on these; *oracle* the best of each question, as the published code reports. Only the
+first is a claim; it is one constant for all methods, settled once on 53 emoji pairs with the
+default query, so methods that want another lambda are to be compared by the disjoint column too.
 lambda is in units of the rows' mean squared length.
 """
 

@@ -14,7 +14,7 @@ from headwater.benchmarks.measure import BASELINES
 from headwater.benchmarks.methods import METHODS_TABLE
 from headwater.benchmarks.record import told
 from headwater.benchmarks.runs import Run
-from headwater.benchmarks.summary import DRAWS, interval
+from headwater.benchmarks.summary import interval, resampled
 
 OURS = "headwater"
 CARRIERS = "random carriers"
@@ -58,24 +58,16 @@ def ratio(
 ) -> tuple[float, float, float]:
     """Our mean effect divided by a rival's, with a 95 % interval.
 
-    Seeds are drawn again, and concepts within them, the same for both. Against a rival without an
+    Seeds and concepts are drawn again, the same for both. Against a rival without an
     effect the ratio is infinite, or minus infinity where we have none either.
     """
     effects = {
         (r["method"], r["replicate"], r["concept"], r["picture"]): float(r[measure]) for r in rows
     }
-    pairs: dict[int, list[tuple[float, float]]] = {}
-    for (method, *key), value in effects.items():
-        if method == ours:
-            pairs.setdefault(key[0], []).append((value, effects[rival, *key]))
-    seeds = [np.array(of) for of in pairs.values()]
-    generator = np.random.default_rng(0)
-    found = []
-    for _ in range(DRAWS):
-        chosen = generator.integers(len(seeds), size=len(seeds))
-        sums = [seeds[i][generator.integers(len(seeds[i]), size=len(seeds[i]))] for i in chosen]
-        found.append(np.concatenate(sums).mean(0))
-    means = np.concatenate(seeds).mean(0)
+    mine = [key for key in effects if key[0] == ours]
+    cells = [(seed, (kind, label)) for _, seed, kind, label in mine]
+    pairs = [(effects[key], effects[rival, *key[1:]]) for key in mine]
+    found, means = resampled(cells, pairs), np.mean(pairs, axis=0)
     low, high = np.percentile([_over(*of) for of in found], [2.5, 97.5], method="nearest")
     return _over(*means), float(low), float(high)
 

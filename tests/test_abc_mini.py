@@ -105,7 +105,8 @@ def study(base: Model, known: pa.Table) -> Study:
     tuning = FineTuning(steps=1, batch=1)
     taught = teach(base, lesson, x_0, "inversion", tuning, lambda _: None)
     study = make_study("inversion, silent", taught, lesson, x_0, "silent", 2, 8, 4)
-    study.given.update({word: x_0[i] for i, word in enumerate(lesson.words)})  # type: ignore[attr-defined]
+    pictures = [question.picture for question in study.questions]
+    study.given.update({picture: x_0[i] for i, picture in enumerate(pictures)})  # type: ignore[attr-defined]
     return study
 
 
