@@ -90,6 +90,7 @@ def run(
         seeds=max(1, seeds // 2),
     )
     (default,) = named([OURS])
+    record.follow(begun, METRICS, intro=str(__doc__))
     tables = []
     costs: dict[str, str] = {}
     for idea in ideas(study, control, default, passes=passes):

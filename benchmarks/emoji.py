@@ -87,12 +87,13 @@ def run(
     source = digest(art, pa.Table.from_pylist(asked))
     begun = begin(out, "emoji", settings, model=network, corpus=source, say=say)
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
-    table = measure(study, chosen, say, parts=begun.parts)
     intro = (
         f"{len(art):,} emoji in {len(set(art['style'].to_pylist()))} styles; {len(asked)} pairs of "
         f"object and style that the model never saw, {seeds} pictures drawn of each. Object: the "
         "same object in other styles. Style: the same style. No image carries both."
     )
+    record.follow(begun, METRICS, intro=intro)
+    table = measure(study, chosen, say, parts=begun.parts)
     record.write(begun, table, METRICS, intro=intro)
     with (out / "emoji.md").open("a") as page:
         page.write("\n".join(["", *misses(study, art, table), ""]))

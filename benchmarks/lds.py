@@ -44,6 +44,7 @@ from headwater.benchmarks.study import Configuration, Question, Study, answer
 
 LOSS = "loss"
 UTILITY = "measured utility"
+WHERE = ("validation", "generated")  # pictures kept apart, and drawn by the attributed model
 FULL_SEED = 1000  # of the first model trained on everything: not one of the retrained models'
 SCHEMA = pa.schema(
     [
@@ -165,6 +166,10 @@ def run(
             # Kept when its model is: whoever goes on need not train again.
             listed = pa.table({"utility": utility.tolist()})
             begun.parts.keep(listed, UTILITY, replicate)
+    kinds = (LOSS, *sorted(material.unseen.lacking))
+    concepts = {f"{kind}, {where}": "lds" for kind in kinds for where in WHERE}
+    intro = partial(_INTRO.format, pictures=count, models=len(jobs), **settings)
+    record.follow(begun, concepts, intro=intro(bars=""))
     tables = []
     for replicate, folder in enumerate(folders):
         attributed = Model.from_pretrained(folder, device=str(base.device), dtype="float32")
@@ -175,10 +180,7 @@ def run(
         measured = known.reshape(len(known), subsets, seeds)
         tables.append(scored(study, measured, halves, named, say, begun.parts))
     table = pa.concat_tables(tables)
-    records = table.to_pylist()
-    concepts = {concept: "lds" for concept in dict.fromkeys(r["concept"] for r in records)}
-    told = {"pictures": count, "models": len(jobs), "bars": bars(records)}
-    record.write(begun, table, concepts, intro=_INTRO.format(**told, **settings))
+    record.write(begun, table, concepts, intro=intro(bars=bars(table.to_pylist())))
     begun.finish()
     return table
 
@@ -253,7 +255,7 @@ def asked_about(
         {kind: labels * 2 for kind, labels in few.labels.items()},
         {kind: lines * 2 for kind, lines in few.lacking.items()},
     )
-    where = ("validation",) * len(few) + ("generated",) * len(few)
+    where = tuple(place for place in WHERE for _ in range(len(few)))
     return Asked(pictures, where, noised(attributed, pictures, noises))
 
 

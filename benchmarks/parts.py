@@ -22,6 +22,8 @@ class Parts:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
+        self._results: list[pa.Table] = []
+        self._watch: Callable[[pa.Table], object] | None = None
 
     def __len__(self) -> int:
         return 0 if self.folder is None else len(list(self.folder.glob("*.parquet")))
@@ -42,11 +44,20 @@ class Parts:
         os.replace(path.with_suffix(".partial"), path)
 
     def once(self, make: Callable[[], pa.Table], *key: object) -> pa.Table:
-        """What is there by this key, or else what `make` gives, which is kept."""
-        if (table := self.done(*key)) is None:
-            table = make()
+        """A result that is there by this key, or else what `make` gives, which is kept."""
+        table, made = self.done(*key), False
+        if table is None:
+            table, made = make(), True
             self.keep(table, *key)
+        if self._watch is not None:
+            self._results.append(table)
+            if made:
+                self._watch(pa.concat_tables(self._results))
         return table
+
+    def watch(self, see: Callable[[pa.Table], object]) -> None:
+        """Have all results so far seen after each one that is made."""
+        self._watch = see
 
     def remove(self) -> None:
         """Leave nothing of them."""

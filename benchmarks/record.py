@@ -42,12 +42,25 @@ def write(run: Run, table: pa.Table, metrics: Mapping[str, str], *, intro: str) 
     run.out.mkdir(parents=True, exist_ok=True)
     name = run.config["benchmark"]
     pq.write_table(table, run.out / f"{name}.parquet")
-    cells = summarise(table, metrics)
-    lines = [f"# {name}", "", intro.strip(), "", told(run.config), "", *markdown(cells, metrics)]
-    lines += [_READING, f"![lambda]({name}-lambda.png)", "", f"![cost]({name}-cost.png)"]
-    (run.out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    shown = [f"![lambda]({name}-lambda.png)", "", f"![cost]({name}-cost.png)"]
+    cells = _page(run, table, metrics, intro, shown)
     plot_lambda(table, cells, metrics, run.out / f"{name}-lambda.png")
     plot_cost(table, cells, run.out / f"{name}-cost.png")
+    return cells
+
+
+def follow(run: Run, metrics: Mapping[str, str], *, intro: str) -> None:
+    """Have the table of what is there written whenever a method is measured, until `write`."""
+    unfinished = f"**The run has not ended: these are the methods so far.**\n\n{intro.strip()}"
+    run.parts.watch(lambda table: _page(run, table, metrics, unfinished, ()))
+
+
+def _page(
+    run: Run, table: pa.Table, metrics: Mapping[str, str], intro: str, shown: Sequence[str]
+) -> list[Cell]:
+    name, cells = run.config["benchmark"], summarise(table, metrics)
+    lines = [f"# {name}", "", intro.strip(), "", told(run.config), "", *markdown(cells, metrics)]
+    (run.out / f"{name}.md").write_text("\n".join([*lines, _READING, *shown]) + "\n")
     return cells
 
 

@@ -18,11 +18,10 @@ from PIL import Image
 
 from headwater.attribution import Model, Recipe
 from headwater.attribution.model import DTYPES, usable_device
-from headwater.benchmarks import world_models
+from headwater.benchmarks import record, world_models
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.methods import chosen as methods_of
-from headwater.benchmarks.record import grid, write
 from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.small_models import Settings
 from headwater.benchmarks.small_training import Progress
@@ -114,6 +113,9 @@ def run_world(
     folders = world_models.models(
         out / "models", world, corpus, cfg, replicates, where, Progress(say)
     )
+    asked = questions(world, corpus, pictures)
+    metrics = {question.concept: "precision_at_10" for question in asked}
+    record.follow(begun, metrics, intro=intro)
     tables = []
     for replicate, folder in enumerate(folders):
         model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
@@ -121,7 +123,7 @@ def run_world(
             name=world.name,
             model=model,
             corpus=_as_seen(world, model, corpus),
-            questions=questions(world, corpus, pictures),
+            questions=asked,
             seeds=seeds,
             batch=batch,
             replicate=cfg.seed + replicate,
@@ -135,8 +137,7 @@ def run_world(
         if replicate == 0:
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
-    metrics = {q.concept: "precision_at_10" for q in study.questions}
-    write(begun, table, metrics, intro=intro)
+    record.write(begun, table, metrics, intro=intro)
     begun.finish()
     return table
 
@@ -196,7 +197,7 @@ def _top10(study: Study, table: pa.Table, corpus: Pictures, path: Path) -> None:
         truth = study.questions[row["question"]].truth
         hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
         lines.append((f"{row['concept']} of “{prompt}”: {row['method']}", asked, hits))
-    grid(lines, path)
+    record.grid(lines, path)
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:

@@ -499,7 +499,11 @@ def test_controls_are_about_other_objects(tiny_corpus: Path, tiny_study: Study) 
     ("benchmark", "changes", "stop"),
     [
         (emoji, {"methods": ["a", "b"]}, "emoji a"),
-        (caption_variants, {"methods": ["a"], "languages": []}, "wrong a, to_k"),
+        (
+            caption_variants,
+            {"methods": ["a"], "languages": [], "variants": ["true", "wrong"]},
+            "wrong a, to_k",
+        ),
         (beyond, {"controls": 2}, "emoji raw gradients"),
         (text_share, {"methods": ["a", "b"], "hits": 2}, "a: "),
     ],
@@ -532,12 +536,13 @@ def test_a_broken_off_run_loses_nothing(
 
     monkeypatch.setattr(measure, "__kwdefaults__", measure.__kwdefaults__ | {"answering": answered})
     monkeypatch.setattr(caption_variants, "told_otherwise", told)
+    monkeypatch.setattr(beyond, "OTHER_LAYERS", {})  # they are many
     for module in (beyond, caption_variants, text_share):
         monkeypatch.setattr(module, "answer", answered)
 
     def run(out: str, say: Any) -> pa.Table:
         given = {"corpus": str(tiny_corpus), "model": str(model_folder), "rows": 16, "pairs": 2}
-        given |= {"seeds": 2, "batch": 16, "wording": TINY, "device": "cpu", **changes}
+        given |= {"seeds": 1, "batch": 16, "wording": TINY, "device": "cpu", **changes}
         return benchmark.run(tmp_path / out, say=say, **given)
 
     whole = run("whole", lambda line: None)
@@ -546,6 +551,10 @@ def test_a_broken_off_run_loses_nothing(
     with pytest.raises(Stopped):
         run("broken", stopping_at(stop))
     assert json.loads((tmp_path / "broken/config.json").read_text())["finished"] is False
+    if benchmark in (emoji, beyond):  # what there is can be read
+        page = next((tmp_path / "broken").glob("*.md")).read_text()
+        assert "has not ended" in page
+        assert f"| {stop.removeprefix('emoji ')} |" in page
     before = found.copy()
     found.clear()
     said: list[str] = []
