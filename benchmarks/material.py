@@ -156,10 +156,12 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
     """
     pairs = len(OBJECTS) * len(STUDIOS) - len(HELD_OUT)
 
-    def encoded(per_pair: int, count: int, seed: int) -> Pictures:
+    def encoded(per_pair: int, count: int, seed: int, within: str = "") -> Pictures:
         rows = make_corpus(per_pair, seed).to_pylist()
         whole = count - count % pairs  # rounds of all pairs, then an even part of them
         rows = rows[:whole] + [rows[i] for i in evenly(range(whole, len(rows)), count - whole)]
+        # Keys name noise: those of two drawings must differ.
+        rows = [row | {"image_id": within + row["image_id"]} for row in rows]
         return _pictures(
             base,
             rows,
@@ -172,7 +174,8 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
         )
 
     return Material(
-        encoded(per_pair, per_pair * pairs, 0), encoded(-(-unseen // pairs), unseen, _APART)
+        encoded(per_pair, per_pair * pairs, 0),
+        encoded(-(-unseen // pairs), unseen, _APART, "unseen/"),
     )
 
 

@@ -105,13 +105,14 @@ def begin(
                 "choose another --out, or remove that folder"
             )
         earlier = {key: before[key] for key in made if before.get(key) != config[key]}
-        config["earlier"] = [*before.get("earlier", ()), *([earlier] if earlier else ())]
+        if sittings := [*before.get("earlier", ()), *([earlier] if earlier else ())]:
+            config["earlier"] = sittings
         other = [key for key in earlier if key not in ("date", "command")]
         told = f", made with other {', '.join(other)}" if other else ""
         say(f"{len(parts)} parts are in {parts.folder}{told}; the run goes on with them")
     replayed = _replayed.get({})
     if other := differences(replayed, config, tuple(replayed)):
-        say(f"not as the replayed record: other {', '.join(other)}")
+        say(f"not made as the replayed record was: other {', '.join(other)}")
     out.mkdir(parents=True, exist_ok=True)
     _write(path, config)
     return Run(out, config, parts)
