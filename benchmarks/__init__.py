@@ -3,6 +3,7 @@
 Methods against questions with known answers:
 study.py           questions put to a method; methods.py every method, as a setting of the engine
 measure.py         rankings measured, baselines; summary.py means and choices of lambda
+runs.py            a run's settings, what it is made with, what it has so far (parts.py)
 record.py          what a run leaves behind
 emoji.py           object and style of real art that was held out
 caption_variants.py  its captions changed: influence or caption matching?

@@ -61,6 +61,7 @@ from headwater.benchmarks.abc_tree import (
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, latent_scores, measure
 from headwater.benchmarks.methods import chosen
+from headwater.benchmarks.runs import begin, given
 from headwater.benchmarks.study import (
     Configuration,
     Corpus,
@@ -127,8 +128,7 @@ def run(
     Raises:
         BenchmarkError: a part of the tree that is missing or broken, a setting that is none.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("out", "device", "say")}
-    settings |= {"folders": list(folders), "methods": list(methods)}
+    settings = given(locals())
     if weights not in WEIGHTS:
         raise BenchmarkError(f"weights {weights!r} is unknown; choose {' or '.join(WEIGHTS)}")
     if len(folders) != 2:
@@ -141,6 +141,7 @@ def run(
     for customised in wanted:  # what is missing is told now, not after hours
         check_files(customised, weights=weights == "customised")
     rows = _RowStore(out / "rows", asked.laion, batch, say)
+    begun = begin(out, "abc", settings, model=base, corpus=rows.digest, say=say)
     table = pa.concat_tables(
         _one_model(
             out, Path(tree), base, customised, place, configurations, rows, weights, seeds, say
@@ -149,7 +150,8 @@ def run(
     )
     kinds = dict.fromkeys(table["concept"].to_pylist(), "recall_at_10")
     intro = _intro(table, weights, laion)
-    record.write(out, "abc", settings, table, kinds, intro=intro, device=str(base.device))
+    record.write(begun, table, kinds, intro=intro)
+    begun.finish()
     return table
 
 
@@ -175,7 +177,7 @@ def _one_model(
         tuple(str(path.relative_to(tree)) for path in customised.exemplars),
     )
     study = _study(model, customised, exemplars, rows.laion, given, tree, seeds, rows.batch)
-    study = replace(study, replicate=place)  # intervals draw models again, and pictures within them
+    study = replace(study, replicate=place)  # intervals draw models and pictures again
     teller = base if weights == "base" else model  # who tells of LAION
 
     def ingest(engine: Engine, corpus: Corpus, batch: int) -> Ingested:

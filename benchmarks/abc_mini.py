@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ from headwater.benchmarks.finetuning import (
 from headwater.benchmarks.material import base_model
 from headwater.benchmarks.measure import measure
 from headwater.benchmarks.methods import chosen
+from headwater.benchmarks.parts import NOWHERE
+from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.study import Corpus, Question, Say, Study
 from headwater.benchmarks.subjects import Mascot, colours
 from headwater.demo.corpus import make_corpus
@@ -165,11 +167,10 @@ def run(
     Raises:
         BenchmarkError: a setting that is none, or no such corpus.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("out", "device", "say")}
-    settings |= {k: list(v) for k, v in settings.items() if isinstance(v, tuple)}
-    for name, given, known in (("ways", ways, WAYS), ("captions", captions, CAPTIONS)):
-        if not given or set(given) - set(known):
-            raise BenchmarkError(f"{name} {list(given)}: choose among {', '.join(known)}")
+    settings = given(locals())
+    for name, wanted, known in (("ways", ways, WAYS), ("captions", captions, CAPTIONS)):
+        if not wanted or set(wanted) - set(known):
+            raise BenchmarkError(f"{name} {list(wanted)}: choose among {', '.join(known)}")
     for name, count in (("subjects", subjects), ("replicates", replicates), ("seeds", seeds)):
         if count < 1:
             raise BenchmarkError(f"{name} {count} is not positive")
@@ -179,18 +180,24 @@ def run(
     if len(worded) != 3:
         raise BenchmarkError(f"wording {list(worded)} is not three: with, without, known word")
     configurations = chosen(methods)
-    base = base_model(model, device, None)
+    base = base_model(model, device, corpus)
+    corpora = [read_corpus(corpus, rows, replicate) for replicate in range(replicates)]
+    begun = begin(out, "abc-mini", settings, model=base, corpus=digest(*corpora), say=say)
     tables: list[pa.Table] = []
     recognition: dict[str, list[float]] = {}
     for replicate in range(replicates):
-        known_pictures = read_corpus(corpus, rows, replicate)
         counts = [count for count in exemplars for _ in range(subjects)]
-        lesson = make_lesson(known_pictures, counts, (worded[0], worded[1], worded[2]), replicate)
+        lesson = make_lesson(
+            corpora[replicate], counts, (worded[0], worded[1], worded[2]), replicate
+        )
         x_0 = encoded(base, lesson.images)
         tuning = FineTuning(steps, teach_batch, token_rate, weight_rate, seed=replicate)
         for way in ways:
-            pipeline = teach(base, lesson, x_0, way, tuning, say).family.pipeline
-            taught = Model.from_pipeline(pipeline, device=str(base.device), dtype=dtype)
+            folder = out / "models" / f"replicate-{replicate}-{way}"
+            if begun.parts.done("taught", replicate, way) is None:
+                teach(base, lesson, x_0, way, tuning, say).family.pipeline.save_pretrained(folder)
+                begun.parts.keep(pa.table({"folder": [str(folder)]}), "taught", replicate, way)
+            taught = Model.from_pretrained(folder, device=str(base.device), dtype=dtype)
             for told in captions:
                 study = make_study(
                     f"{way}, {told}", taught, lesson, x_0, told, seeds, batch, replicate
@@ -199,7 +206,7 @@ def run(
                     share = recognised(study, lesson.fresh)
                     recognition.setdefault(way, []).append(share)
                     say(f"{way}: {share:.2f} of the pictures are of their subject")
-                table = measure(study, configurations, say)
+                table = measure(study, configurations, say, parts=begun.parts)
                 tables.append(table)
                 if replicate == 0:
                     folder = out / _folder(study.name)
@@ -212,11 +219,11 @@ def run(
     for name in dict.fromkeys(whole["study"].to_pylist()):
         mine = whole.filter(pc.equal(whole["study"], name))
         intro = _intro(name, len(counts), recognition)
-        where = str(base.device)
-        record.write(
-            out / _folder(name), "abc-mini", settings, mine, metrics, intro=intro, device=where
-        )
+        one = replace(begun, out=out / _folder(name), parts=NOWHERE)
+        record.write(one, mine, metrics, intro=intro)
+        one.finish()
     (out / "abc-mini.md").write_text(_overview(whole, recognition))
+    begun.finish()
     return whole
 
 
@@ -303,8 +310,9 @@ def make_study(
     """Who taught each subject? Asked about pictures that the model draws of it."""
     named, silent, _ = lesson.wording
     owner = np.array([-1] * len(lesson.captions) + lesson.owner)
+    # Another replicate's subject of this word is another subject, and so another picture.
     questions = tuple(
-        Question(_kind(count), named.format(word), silent, word, owner == number)
+        Question(_kind(count), named.format(word), silent, f"{word} {replicate}", owner == number)
         for number, (word, count) in enumerate(zip(lesson.words, lesson.counts, strict=True))
     )
     corpus = Corpus(x_0, lesson.told(captions), lesson.keys)

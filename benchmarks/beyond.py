@@ -10,8 +10,9 @@ unless it is one curvature in blocks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from headwater.attribution.shares import TEXT_SIDE
 from headwater.benchmarks import record
 from headwater.benchmarks.caption_variants import LAYERS
 from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, questions, read
-from headwater.benchmarks.measure import SCHEMA, Scored, measured
+from headwater.benchmarks.measure import Scored, measured, part
 from headwater.benchmarks.pieces import informative, query_pieces, row_pieces
+from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.study import (
     Answers,
     Configuration,
@@ -42,6 +44,7 @@ from headwater.queries import Asking
 
 SMALL = {"rows": 200, "pairs": 6, "seeds": 2, "batch": 32, "controls": 4, "passes": False}
 SPREAD = (0.1, 1.0, 10.0)  # dampings averaged, in units of the one that is asked for
+SIDES = ("text side alone", "picture side alone")
 OTHER_LAYERS = LAYERS | {
     "all attention": r"attn[12]\.",
     "convolutions": r"resnets\.\d+\.conv[12]\.",
@@ -73,20 +76,11 @@ def run(
     Returns:
         Every ranking, by `measure.SCHEMA`.
     """
-    settings = {
-        "corpus": corpus,
-        "model": model,
-        "rows": rows,
-        "pairs": pairs,
-        "seeds": seeds,
-        "batch": batch,
-        "controls": controls,
-        "passes": passes,
-        "wording": list(wording),
-        "dtype": dtype,
-    }
+    settings = given(locals())
     art, asked = read(Path(corpus), rows, pairs)
     network = Model.from_pretrained(model, device=device, dtype=dtype)
+    source = digest(art, pa.Table.from_pylist(asked))
+    begun = begin(out, "beyond", settings, model=network, corpus=source, say=say)
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
     unrelated = control_pairs(art, asked, controls)
     control = replace(
@@ -96,17 +90,21 @@ def run(
         seeds=max(1, seeds // 2),
     )
     (default,) = named([OURS])
-    records: list[dict[str, Any]] = []
+    record.follow(begun, METRICS, intro=str(__doc__))
+    tables = []
     costs: dict[str, str] = {}
     for idea in ideas(study, control, default, passes=passes):
-        records += measured(study, idea.answers, say)
-        costs[idea.answers.configuration.name] = idea.cost
-    table = pa.Table.from_pylist(records, schema=SCHEMA)
-    cells = record.write(
-        out, "beyond", settings, table, METRICS, intro=str(__doc__), device=str(network.device)
-    )
+
+        def of_idea(idea: Idea = idea) -> list[dict[str, Any]]:
+            return measured(study, idea.answers())
+
+        tables.append(part(study, idea.name, of_idea, begun.parts, say))
+        costs[idea.name] = idea.cost
+    table = pa.concat_tables(tables)
+    cells = record.write(begun, table, METRICS, intro=str(__doc__))
     with (out / "beyond.md").open("a") as page:
         page.write("\n".join(["", *gains(table, cells, costs), ""]))
+    begun.finish()
     return table
 
 
@@ -147,12 +145,22 @@ class Combined:
 class Idea:
     """What is tried, and what it costs."""
 
-    answers: Scored
+    name: str
     cost: str
+    answers: Callable[[], Scored]  # to be called before the next idea is taken
 
 
 def ideas(study: Study, control: Study, default: Configuration, *, passes: bool) -> Iterator[Idea]:
     """Every idea, the default first."""
+    base = yield from of_pieces(study, control, default)
+    if passes:
+        yield from with_passes(study, base)
+
+
+def of_pieces(
+    study: Study, control: Study, default: Configuration
+) -> Generator[Idea, None, Answers]:
+    """The ideas that the default's rows and queries are enough for; returns its answers."""
     engine = parted(Engine(study.model, default.recipe), (TEXT_SIDE,))
     started = time.perf_counter()
     pieces, losses = row_pieces(engine, study.corpus, study.batch)  # [N, T, 2, dim], [N]
@@ -173,7 +181,10 @@ def ideas(study: Study, control: Study, default: Configuration, *, passes: bool)
         seconds,
         query_seconds,
     )
-    yield Idea(base, "")
+    yield Idea(default.name, "", lambda: base)
+
+    def idea(name: str, cost: str, **changes: Any) -> Idea:
+        return Idea(name, cost, partial(changed, base, name, **changes))
 
     other = query_pieces(study, engine, other_sides(study.questions)).sum((2, 3))
     both = rows + other
@@ -183,67 +194,73 @@ def ideas(study: Study, control: Study, default: Configuration, *, passes: bool)
     )
     centred = rows - centre(control, unrelated, study)
     centred_both = both - centre(control, unrelated_both, study)
-    relative = changed(base, "relative", similarity="relative")
-    two = changed(base, "two contrasts", rows=both, queries=2)
-    three = changed(
-        relative, "relative, two contrasts, unrelated subtracted", rows=centred_both, queries=2
+    yield idea("two contrasts", "queries x2", rows=both, queries=2)
+    once = f"{len(control.asked)} questions once an index"
+    yield idea("unrelated questions subtracted", once, rows=centred)
+    relative: dict[str, Any] = {"similarity": "relative"}
+    yield idea("relative", "a solve for each row and lambda", **relative)
+    relative |= {"queries": 2}
+    yield idea("relative, two contrasts", "queries x2, solves", rows=both, **relative)
+    yield idea(
+        "relative, two contrasts, unrelated subtracted",
+        "queries x2, solves, the unrelated",
+        rows=centred_both,
+        **relative,
     )
-    yield Idea(two, "queries x2")
-    alone = changed(base, "unrelated questions subtracted", rows=centred)
-    yield Idea(alone, f"{len(control.asked)} questions once an index")
-    yield Idea(relative, "a solve for each row and lambda")
-    both_ways = changed(relative, "relative, two contrasts", rows=both, queries=2)
-    yield Idea(both_ways, "queries x2, solves")
-    yield Idea(three, "queries x2, solves, the unrelated")
     spread = replace(default, name="several lambda averaged")
-    yield Idea(Combined(spread, (base,), alike=True, dampings=SPREAD), "searches x3")
+    yield Idea(spread.name, "searches x3", lambda: Combined(spread, (base,), True, SPREAD))
     for few in (1 << i for i in range((study.seeds - 1).bit_length())):
         share = few / study.seeds
-        less = changed(base, f"{few} of {study.seeds} pictures", rows=rows[:, :few], queries=share)
-        yield Idea(less, f"queries x{share:g}")
+        name = f"{few} of {study.seeds} pictures"
+        yield idea(name, f"queries x{share:g}", rows=rows[:, :few], queries=share)
 
     levels = pieces.shape[1]
     if study.seeds > 1:
         best = informative(asked.sum(3)).argsort(descending=True)[: (levels + 1) // 2].tolist()
-        half = changed(
-            base,
+        yield idea(
             f"{len(best)} informative noise levels of {levels}",
+            f"rows and queries x{len(best) / levels:g}",
             features=pieces[:, best].sum((1, 2)),
             rows=asked[:, :, best].sum((2, 3)),
             queries=len(best) / levels,
             passes=len(best) / levels,
         )
-        yield Idea(half, f"rows and queries x{len(best) / levels:g}")
-    blocks = [
-        changed(base, f"level {t}", features=pieces[:, t].sum(1), rows=asked[:, :, t].sum(2))
-        for t in range(levels)
-    ]
-    apart = Combined(
-        replace(default, name="a curvature for each noise level"), tuple(blocks), False
-    )
-    yield Idea(apart, f"bytes x{levels}")
-    sides = [
-        changed(base, name, features=pieces[:, :, i].sum(1), rows=asked[:, :, :, i].sum(2))
-        for i, name in enumerate(("text side alone", "picture side alone"))
-    ]
-    for side in sides:
-        yield Idea(side, "")
-    apart = Combined(replace(default, name="a curvature for each side"), tuple(sides), False)
-    yield Idea(apart, "bytes x2")
-    yield Idea(changed(base, "centred rows", features=features - features.mean(0)), "")
-    yield Idea(replace(changed(base, "times the training loss"), weights=losses), "")
-    del pieces, blocks, sides, apart
-    if passes:
-        yield from with_passes(study, base)
+
+    def block(level: int) -> Answers:
+        features, rows = pieces[:, level].sum(1), asked[:, :, level].sum(2)
+        return changed(base, f"level {level}", features=features, rows=rows)
+
+    @cache
+    def side(place: int) -> Answers:
+        features, rows = pieces[:, :, place].sum(1), asked[:, :, :, place].sum(2)
+        return changed(base, SIDES[place], features=features, rows=rows)
+
+    def apart(name: str, part: Callable[[int], Answers], count: int) -> Idea:
+        of = replace(default, name=name)
+        return Idea(
+            name, f"bytes x{count}", lambda: Combined(of, tuple(map(part, range(count))), False)
+        )
+
+    yield apart("a curvature for each noise level", block, levels)
+    for place, name in enumerate(SIDES):
+        yield Idea(name, "", partial(side, place))
+    yield apart("a curvature for each side", side, len(SIDES))
+    yield idea("centred rows", "", features=features - features.mean(0))
+    weighted = replace(base, configuration=replace(default, name="times the training loss"))
+    yield Idea(weighted.configuration.name, "", lambda: replace(weighted, weights=losses))
+    return base
 
 
 def with_passes(study: Study, base: Answers) -> Iterator[Idea]:
     """The ideas that need passes of their own over the corpus."""
     default, corpus = base.configuration, study.corpus
     again = replace(corpus, keys=tuple(f"{key}#2" for key in corpus.keys))
-    more, _ = corpus_rows(Engine(study.model, default.recipe), again, study.batch)
-    twice = changed(base, "two noises an image", features=base.features + more, passes=2)
-    yield Idea(twice, "rows x2")
+
+    def twice(name: str) -> Answers:
+        more, _ = corpus_rows(Engine(study.model, default.recipe), again, study.batch)
+        return changed(base, name, features=base.features + more, passes=2)
+
+    yield Idea("two noises an image", "rows x2", partial(twice, "two noises an image"))
     recipe = default.recipe
     for name, other, cost in (
         ("rows: what the caption changes", replace(recipe, method="dtrak-text"), "rows x2"),
@@ -267,10 +284,15 @@ def with_passes(study: Study, base: Answers) -> Iterator[Idea]:
             "rows and queries x2",
         ),
     ):
-        yield Idea(answer(study, replace(default, name=name, recipe=other)), cost)
-    guided = answer(study, replace(default, recipe=replace(recipe, method="cfg")))
+        configuration = replace(default, name=name, recipe=other)
+        yield Idea(name, cost, partial(answer, study, configuration))
     together = replace(default, name="with guidance features")
-    yield Idea(Combined(together, (base, guided), alike=True), "rows x2.5, queries and bytes x2")
+    guided = replace(default, recipe=replace(recipe, method="cfg"))
+    yield Idea(
+        together.name,
+        "rows x2.5, queries and bytes x2",
+        lambda: Combined(together, (base, answer(study, guided)), alike=True),
+    )
 
 
 def changed(

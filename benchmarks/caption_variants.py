@@ -18,10 +18,10 @@ concept and does not say so; an image under a carrier's caption says so and did 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,8 @@ from headwater.attribution import Engine, Model
 from headwater.benchmarks import record
 from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, read, worded
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.measure import BASELINES, SCHEMA, measure, measured
+from headwater.benchmarks.measure import BASELINES, measure
+from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.study import Answers, Configuration, Say, Study, answer, ingested
 from headwater.benchmarks.summary import summarise
 
@@ -56,6 +57,7 @@ SMALL = {
 }
 _TRIES = 100
 Indices = npt.NDArray[np.int64]
+Truly = Callable[[], Answers]
 Names = Mapping[tuple[str, str], str]  # (language, codepoints) -> name
 
 
@@ -87,20 +89,7 @@ def run(
     Returns:
         Every ranking, by `measure.SCHEMA`; `study` says the variant.
     """
-    settings = {
-        "corpus": corpus,
-        "model": model,
-        "rows": rows,
-        "pairs": pairs,
-        "seeds": seeds,
-        "batch": batch,
-        "methods": list(methods),
-        "layers": layers,
-        "variants": list(variants),
-        "languages": list(languages),
-        "wording": list(wording),
-        "dtype": dtype,
-    }
+    settings = given(locals())
     chosen = named(methods)
     if layers:
         chosen += of_layers(chosen[0])
@@ -108,33 +97,46 @@ def run(
     names = read_names(Path(corpus), languages)
     told = {v: retold(v, art, wording, names) for v in (*variants, *map("in {}".format, languages))}
     network = Model.from_pretrained(model, device=device, dtype=dtype)
+    source = digest(art, pa.Table.from_pylist(asked), pa.table(told))
+    begun = begin(out, "caption-variants", settings, model=network, corpus=source, say=say)
+    parts = begun.parts
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
     heard = {
         variant: replace(study, name=variant, corpus=replace(study.corpus, captions=captions))
         for variant, captions in told.items()
     }
-    wrong = WrongCaptions(art) if "wrong" in told else None
-    tables = {variant: [measure(each, (), say)] for variant, each in heard.items()}
-    if wrong is not None:
+    tables = {variant: [measure(each, (), say, parts=parts)] for variant, each in heard.items()}
+    wrong: list[pa.Table] = []
+    if "wrong" in told:
+        whose = captions_of(art)
         for name in ("caption search (BM25)", "nearest latents"):
-            wrong.add(study, name, BASELINES[name](heard["wrong"]))
+            wrong.append(meet(study, whose, name, BASELINES[name](heard["wrong"])))
     for configuration in chosen:
-        truly = answer(study, configuration)  # what is asked stays; only the rows change
+        truly = cache(partial(answer, study, configuration))
+
+        def otherwise(each: Study, of: Configuration, truly: Truly = truly) -> Answers:
+            """What is asked stays; only the rows change."""
+            answers = truly() if each.name == "true" else told_otherwise(truly(), each)
+            if each.name == "wrong":
+                scores = answers.scores().cpu().numpy()
+                parts.keep(meet(study, whose, of.name, scores), "wrong captions", of.name)
+            return answers
+
         for variant, each in heard.items():
-            answers = truly if variant == "true" else told_otherwise(truly, each)
-            rankings = measured(each, answers, say)
-            tables[variant].append(pa.Table.from_pylist(rankings, schema=SCHEMA))
-            if variant == "wrong" and wrong is not None:
-                wrong.add(study, configuration.name, answers.scores().cpu().numpy())
-    table = pa.concat_tables(part for parts in tables.values() for part in parts)
-    config = record.configured(out, "caption-variants", settings, device=str(network.device))
+            tables[variant].append(
+                measure(each, [configuration], say, baselines={}, answering=otherwise, parts=parts)
+            )
+        if "wrong" in told:  # kept before its rankings were
+            wrong.append(parts.done("wrong captions", configuration.name))
+    table = pa.concat_tables(part for of in tables.values() for part in of)
     pq.write_table(table, out / "caption-variants.parquet")
-    lines = ["# caption-variants", "", *str(__doc__).splitlines(), record.told(config), ""]
+    lines = ["# caption-variants", "", *str(__doc__).splitlines(), record.told(begun.config), ""]
     lines += [*heard_words(network, told), *markdown(table)]
-    if wrong is not None:
-        pq.write_table(pa.Table.from_pylist(wrong.records), out / "wrong-captions.parquet")
-        lines += wrong.markdown()
+    if wrong:
+        pq.write_table(pa.concat_tables(wrong), out / "wrong-captions.parquet")
+        lines += met(pa.concat_tables(wrong))
     (out / "caption-variants.md").write_text("\n".join(lines) + "\n")
+    begun.finish()
     return table
 
 
@@ -269,53 +271,56 @@ def write_corpus(folder: Path, out: Path, variant: str, wording: Sequence[str] =
     shutil.copy(folder / "heldout.parquet", out)
 
 
-class WrongCaptions:
-    """Where carriers under a wrong caption rank, and others under a carrier's caption."""
+def meet(study: Study, whose: Indices, method: str, scores: npt.NDArray[np.floating]) -> pa.Table:
+    """Where carriers under a wrong caption rank, and others under a carrier's caption.
 
-    def __init__(self, art: pa.Table) -> None:
-        self._whose = captions_of(art)
-        self.records: list[dict[str, Any]] = []
+    Args:
+        study: whose questions are asked.
+        whose: caption each image has, as `captions_of` gives it.
+        method: that ranks.
+        scores: [N, Q] of it.
+    """
+    records = []
+    for number, question in enumerate(study.questions):
+        shown, said = question.truth, question.truth[whose]
+        first = np.zeros(len(shown), bool)
+        order = np.argsort(-scores[:, number], kind="stable")
+        first[order[: int((shown | said).sum())]] = True
+        for kind, images in (
+            ("shown and named", shown & said),
+            ("shown only", shown & ~said),
+            ("named only", said & ~shown),
+        ):
+            records.append(
+                {
+                    "method": method,
+                    "question": number,
+                    "concept": question.concept,
+                    "kind": kind,
+                    "images": int(images.sum()),
+                    "found": int((images & first).sum()),
+                }
+            )
+    return pa.Table.from_pylist(records)
 
-    def add(self, study: Study, method: str, scores: npt.NDArray[np.floating]) -> None:
-        """Take scores [N, Q]."""
-        for number, question in enumerate(study.questions):
-            shown, said = question.truth, question.truth[self._whose]
-            first = np.zeros(len(shown), bool)
-            order = np.argsort(-scores[:, number], kind="stable")
-            first[order[: int((shown | said).sum())]] = True
-            for kind, images in (
-                ("shown and named", shown & said),
-                ("shown only", shown & ~said),
-                ("named only", said & ~shown),
-            ):
-                self.records.append(
-                    {
-                        "method": method,
-                        "question": number,
-                        "concept": question.concept,
-                        "kind": kind,
-                        "images": int(images.sum()),
-                        "found": int((images & first).sum()),
-                    }
-                )
 
-    def markdown(self) -> list[str]:
-        """The share found, over all images of a kind and questions of a concept."""
-        lines = [
-            "## Wrong captions: the share found among as many images as show or name the concept",
-            "",
-            "| method | concept | shown and named | shown only | named only |",
-            "|---|---|---|---|---|",
-        ]
-        sums: dict[tuple[str, str], dict[str, list[int]]] = {}
-        for r in self.records:
-            total = sums.setdefault((r["method"], r["concept"]), {}).setdefault(r["kind"], [0, 0])
-            total[0] += r["found"]
-            total[1] += r["images"]
-        for (method, concept), kinds in sums.items():
-            cells = [f"{a / b:.3f} of {b:,}" if b else "none" for a, b in kinds.values()]
-            lines.append(f"| {method} | {concept} | {' | '.join(cells)} |")
-        return [*lines, ""]
+def met(table: pa.Table) -> list[str]:
+    """The share found, over all images of a kind and questions of a concept, of `meet`'s tables."""
+    lines = [
+        "## Wrong captions: the share found among as many images as show or name the concept",
+        "",
+        "| method | concept | shown and named | shown only | named only |",
+        "|---|---|---|---|---|",
+    ]
+    sums: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for r in table.to_pylist():
+        total = sums.setdefault((r["method"], r["concept"]), {}).setdefault(r["kind"], [0, 0])
+        total[0] += r["found"]
+        total[1] += r["images"]
+    for (method, concept), kinds in sums.items():
+        cells = [f"{a / b:.3f} of {b:,}" if b else "none" for a, b in kinds.values()]
+        lines.append(f"| {method} | {concept} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def heard_words(model: Model, told: Mapping[str, Sequence[str]]) -> list[str]:

@@ -30,12 +30,13 @@ from torch import Tensor
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
-from headwater.benchmarks.material import Pictures, base_model, drawings, emoji, evenly, joined
+from headwater.benchmarks.material import Pictures, base_model, evenly, joined, material_of
 from headwater.benchmarks.measure import BASELINES, answerable
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.presence import Sampling, losses, presence, probe_of
 from headwater.benchmarks.removal_record import CARRIERS, SCHEMA, write
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, train
+from headwater.benchmarks.runs import begin, given
 from headwater.benchmarks.study import Configuration, Question, Study, answer
 
 GATE = 0.9  # of the classifier, on pictures that it was not trained on
@@ -151,17 +152,15 @@ def run(
         BenchmarkError: the classifier is not good enough to be a judge; an unknown method or kind
             of concept; too few captions or unseen pictures to measure every label on.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
+    settings = given(locals())
     named = methods_of(methods, Recipe(parameters=parameters, dim=dim))
     training = Training(tuple(widths), steps, batch, learning_rate)
     base = base_model(model, device, corpus)
-    if corpus is None:
-        material = drawings(base, per_pair=per_pair, unseen=unseen, pixels=pixels)
-    else:
-        material = emoji(
-            base, Path(corpus), styles=styles, names=names, unseen=unseen, pixels=pixels
-        )
+    material = material_of(
+        base, corpus, styles=styles, names=names, per_pair=per_pair, unseen=unseen, pixels=pixels
+    )
     trained, lessons = material.trained, material.lessons(base)
+    begun = begin(out, "counterfactual", settings, model=base, corpus=material.digest, say=say)
     judge, accuracy = judged(trained, material.unseen, kinds, classifier_steps)
     say(f"{len(trained)} pictures; the classifier is right on {accuracy} of unseen ones")
     everything = [Job(torch.arange(len(trained)), seed) for seed in range(seeds)]
@@ -209,7 +208,8 @@ def run(
         for removal in removals
     ]
     table = pa.Table.from_pylist(records, schema=SCHEMA)
-    write(out, settings, table, accuracy, base.device.type)
+    write(begun, table, accuracy)
+    begun.finish(classifier=accuracy)
     return table
 
 

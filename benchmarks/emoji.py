@@ -29,6 +29,8 @@ from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import measure
 from headwater.benchmarks.methods import chosen as methods_of
+from headwater.benchmarks.methods import configurations
+from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.study import Configuration, Corpus, Question, Say, Study
 from headwater.queries.gradients import to_images
 
@@ -78,39 +80,33 @@ def run(
     Returns:
         Every ranking, by `measure.SCHEMA`.
     """
-    settings = {
-        "corpus": corpus,
-        "model": model,
-        "rows": rows,
-        "pairs": pairs,
-        "seeds": seeds,
-        "batch": batch,
-        "methods": list(methods),
-        "pictured": pictured,
-        "wording": list(wording),
-        "dtype": dtype,
-    }
+    settings = given(locals())
     chosen = named(methods)
     network = Model.from_pretrained(model, device=device, dtype=dtype)
     art, asked = read(Path(corpus), rows, pairs)
+    source = digest(art, pa.Table.from_pylist(asked))
+    begun = begin(out, "emoji", settings, model=network, corpus=source, say=say)
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
-    table = measure(study, chosen, say)
     intro = (
         f"{len(art):,} emoji in {len(set(art['style'].to_pylist()))} styles; {len(asked)} pairs of "
         f"object and style that the model never saw, {seeds} pictures drawn of each. Object: the "
         "same object in other styles. Style: the same style. No image carries both."
     )
-    record.write(out, "emoji", settings, table, METRICS, intro=intro, device=str(network.device))
+    record.follow(begun, METRICS, intro=intro)
+    table = measure(study, chosen, say, parts=begun.parts)
+    record.write(begun, table, METRICS, intro=intro)
     with (out / "emoji.md").open("a") as page:
         page.write("\n".join(["", *misses(study, art, table), ""]))
     for method in (c.name for c in chosen if c.name in PICTURED):
         record.grid(top_ten(study, art, table, method, pictured), out / f"top10-{method}.png")
+    begun.finish()
     return table
 
 
 def named(methods: Sequence[str]) -> list[Configuration]:
-    """The configurations of these names, ours first; all of them for none."""
-    return sorted(methods_of(methods), key=lambda configuration: configuration.name != OURS)
+    """The configurations of these names, ours and what shares its rows first; all for none."""
+    ours = configurations()[OURS].recipe
+    return sorted(methods_of(methods), key=lambda configuration: configuration.recipe != ours)
 
 
 def read(folder: Path, rows: int, pairs: int) -> tuple[pa.Table, list[dict[str, Any]]]:

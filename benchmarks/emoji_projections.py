@@ -27,7 +27,7 @@ from headwater.attribution.layers import Slot
 from headwater.attribution.projection import KINDS, Projector, make_projector
 from headwater.benchmarks.emoji import make_study, read
 from headwater.benchmarks.measure import ranking_metrics
-from headwater.benchmarks.record import machine
+from headwater.benchmarks.runs import machine
 from headwater.benchmarks.study import Study, corpus_rows, query_rows
 
 DAMPING = 3.0  # in mean squared lengths of a row: the default of queries

@@ -16,8 +16,9 @@ one seed foresees that of the others, which no method can be expected to exceed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,20 @@ from torch import Tensor, nn
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.material import Material, Pictures, base_model, drawings, emoji, evenly
+from headwater.benchmarks.material import Material, Pictures, base_model, evenly, material_of
 from headwater.benchmarks.measure import BASELINES, answerable, wanted
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.noised import Noised, heard, noised, predicted
-from headwater.benchmarks.ranks import spearman
+from headwater.benchmarks.parts import NOWHERE, Parts
+from headwater.benchmarks.ranks import lds, repeatability
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, text_states, train
+from headwater.benchmarks.runs import begin, given
 from headwater.benchmarks.stacked import chosen
 from headwater.benchmarks.study import Configuration, Question, Study, answer
 
 LOSS = "loss"
+UTILITY = "measured utility"
+WHERE = ("validation", "generated")  # pictures kept apart, and drawn by the attributed model
 FULL_SEED = 1000  # of the first model trained on everything: not one of the retrained models'
 SCHEMA = pa.schema(
     [
@@ -134,43 +139,49 @@ def run(
     """
     if subsets < 3:
         raise BenchmarkError(f"{subsets} subsets have no ranks to speak of; give 16 or more")
-    settings = {k: v for k, v in locals().items() if k not in ("out", "say", "device")}
+    settings = given(locals())
     named = with_images(methods_of(methods, Recipe(parameters=parameters, dim=dim)))
     base = base_model(model, device, corpus)
-    if corpus is None:
-        material = drawings(base, per_pair=per_pair, unseen=questions, pixels=pixels)
-    else:
-        material = emoji(
-            base, Path(corpus), styles=styles, names=names, unseen=questions, pixels=pixels
-        )
+    material = material_of(
+        base, corpus, styles=styles, names=names, per_pair=per_pair, unseen=questions, pixels=pixels
+    )
     training = Training(tuple(widths), steps, batch, learning_rate)
     count = len(material.trained)
     halves = random_halves(count, subsets)
     jobs = [Job(torch.from_numpy(half.nonzero()[0]), s) for half in halves for s in range(seeds)]
     jobs += [Job(torch.arange(count), FULL_SEED + replicate) for replicate in range(replicates)]
+    begun = begin(out, "lds", settings, model=base, corpus=material.digest, say=say)
     say(f"{count} pictures, {len(material.unseen)} unseen, {len(jobs)} models to train")
-    stacked = train(base, material.lessons(base), jobs, training, at_once=at_once, say=say)
-    retrained = chosen(stacked, range(subsets * seeds))
-    records: list[dict[str, Any]] = []
-    for replicate in range(replicates):
-        folder = out / "models" / f"replicate-{replicate}"
-        place = subsets * seeds + replicate
-        attributed = saved_model(base, stacked, place, training, folder)
-        asked = asked_about(attributed, material, questions, noises, guidance)
-        study = study_of(attributed, material, asked, query_seeds, replicate)
-        utility = utilities(base, retrained, attributed, asked)  # [Q, K seeds]
-        records += scored(study, utility.view(len(utility), subsets, seeds), halves, named, say)
-    table = pa.Table.from_pylist(records, schema=SCHEMA)
-    concepts = {concept: "lds" for concept in dict.fromkeys(r["concept"] for r in records)}
-    record.write(
-        out,
-        "lds",
-        settings,
-        table,
-        concepts,
-        intro=_INTRO.format(pictures=count, models=len(jobs), bars=bars(records), **settings),
-        device=base.device.type,
-    )
+
+    def asked_of(attributed: Model) -> Asked:
+        return asked_about(attributed, material, questions, noises, guidance)
+
+    folders = [out / "models" / f"replicate-{replicate}" for replicate in range(replicates)]
+    if not all(begun.parts.done(UTILITY, place) for place in range(replicates)):
+        stacked = train(base, material.lessons(base), jobs, training, at_once=at_once, say=say)
+        retrained = chosen(stacked, range(subsets * seeds))
+        for replicate, folder in enumerate(folders):
+            attributed = saved_model(base, stacked, subsets * seeds + replicate, training, folder)
+            utility = utilities(base, retrained, attributed, asked_of(attributed))  # [Q, K seeds]
+            # Kept when its model is: whoever goes on need not train again.
+            listed = pa.table({"utility": utility.tolist()})
+            begun.parts.keep(listed, UTILITY, replicate)
+    kinds = (LOSS, *sorted(material.unseen.lacking))
+    concepts = {f"{kind}, {where}": "lds" for kind in kinds for where in WHERE}
+    intro = partial(_INTRO.format, pictures=count, models=len(jobs), **settings)
+    record.follow(begun, concepts, intro=intro(bars=""))
+    tables = []
+    for replicate, folder in enumerate(folders):
+        attributed = Model.from_pretrained(folder, device=str(base.device), dtype="float32")
+        study = study_of(attributed, material, asked_of(attributed), query_seeds, replicate)
+        kept = begun.parts.done(UTILITY, replicate)
+        assert kept is not None  # by an earlier run or above
+        known = np.array(kept["utility"].to_pylist())
+        measured = known.reshape(len(known), subsets, seeds)
+        tables.append(scored(study, measured, halves, named, say, begun.parts))
+    table = pa.concat_tables(tables)
+    record.write(begun, table, concepts, intro=intro(bars=bars(table.to_pylist())))
+    begun.finish()
     return table
 
 
@@ -244,7 +255,7 @@ def asked_about(
         {kind: labels * 2 for kind, labels in few.labels.items()},
         {kind: lines * 2 for kind, lines in few.lacking.items()},
     )
-    where = ("validation",) * len(few) + ("generated",) * len(few)
+    where = tuple(place for place in WHERE for _ in range(len(few)))
     return Asked(pictures, where, noised(attributed, pictures, noises))
 
 
@@ -309,72 +320,63 @@ def utilities(base: Model, retrained: nn.Module, attributed: Model, asked: Asked
 
 def scored(
     study: Study,
-    utility: Tensor,
+    measured: npt.NDArray[np.float64],
     halves: npt.NDArray[np.bool_],
     methods: Sequence[Configuration],
     say: Say,
-) -> list[dict[str, Any]]:
-    """A record for each method, question and damping; `utility` is [Q, K, seeds]."""
-    measured = utility.cpu().numpy()
-    true = measured.mean(2)
-    records: list[dict[str, Any]] = []
+    parts: Parts = NOWHERE,
+) -> pa.Table:
+    """A row for each method, question and damping, by `SCHEMA`.
 
-    def add(method: str, found: npt.NDArray[np.float64], facts: Mapping[str, Any]) -> None:
+    `measured` are the utilities [Q, K, seeds]. A method that is in `parts` is taken from there;
+    others are kept there.
+    """
+    true = measured.mean(2)
+    tables = []
+
+    def rows(found: npt.NDArray[np.float64], **facts: Any) -> Iterator[dict[str, Any]]:
         for number, question in enumerate(study.questions):
-            records.append(
-                {
-                    "study": study.name,
-                    "replicate": study.replicate,
-                    "method": method,
-                    "question": number,
-                    "concept": question.concept,
-                    "picture": question.picture,
-                    "lds": float(found[number]),
-                    **facts,
-                }
+            yield {
+                "study": study.name,
+                "replicate": study.replicate,
+                "question": number,
+                "concept": question.concept,
+                "picture": question.picture,
+                "lds": float(found[number]),
+                "label_free": True,
+                **facts,
+            }
+
+    def of_baseline(name: str) -> Iterator[dict[str, Any]]:
+        return rows(lds(BASELINES[name](study), halves, true))
+
+    def of_method(configuration: Configuration) -> Iterator[dict[str, Any]]:
+        answers = answer(study, configuration)
+        for damping in wanted(answers):
+            scores = answers.scores(damping).double().cpu().numpy()
+            yield from rows(
+                lds(scores, halves, true),
+                damping=damping,
+                label_free=damping in (None, answers.damping),
+                ingest_seconds=answers.ingest_seconds,
             )
-        if facts["label_free"]:
-            say(_line(study, method, records[-len(study.questions) :]))
+
+    def add(method: str, make: Callable[[], Iterator[dict[str, Any]]]) -> None:
+        def table() -> pa.Table:
+            listed = [{"method": method, **row} for row in make()]
+            return pa.Table.from_pylist(listed, schema=SCHEMA)
+
+        tables.append(parts.once(table, study.name, study.replicate, method))
+        say(_line(study, method, tables[-1].filter(tables[-1]["label_free"]).to_pylist()))
 
     if measured.shape[2] > 1:
-        add("another training", repeatability(measured), {"label_free": True})
-    for name, baseline in BASELINES.items():
+        add("another training", lambda: rows(repeatability(measured)))
+    for name in BASELINES:
         if not name.startswith("ceiling"):
-            add(name, lds(baseline(study), halves, true), {"label_free": True})
+            add(name, partial(of_baseline, name))
     for configuration in answerable(study, methods, say):
-        answers = answer(study, configuration)
-        facts: dict[str, Any] = {"ingest_seconds": answers.ingest_seconds}
-        for damping in wanted(answers):
-            facts |= {"damping": damping, "label_free": damping in (None, answers.damping)}
-            scores = answers.scores(damping).double().cpu().numpy()
-            add(configuration.name, lds(scores, halves, true), facts)
-    return records
-
-
-def lds(
-    scores: npt.NDArray[np.float64],
-    halves: npt.NDArray[np.bool_],
-    true: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
-    """Rank correlation per question, [Q], of the members' scores and what was measured.
-
-    Args:
-        scores: [N, Q].
-        halves: [K, N] the members of each subset.
-        true: [Q, K].
-    """
-    foreseen = halves.astype(np.float64) @ scores.astype(np.float64)
-    return np.array([spearman(*pair) for pair in zip(foreseen.T, true, strict=True)])
-
-
-def repeatability(measured: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """How well one seed's utility foresees the mean of the others': [Q] from [Q, K, seeds]."""
-    seeds = measured.shape[2]
-    found = []
-    for of_question in measured:
-        others = (of_question.sum(1, keepdims=True) - of_question) / (seeds - 1)
-        found.append(np.mean([spearman(of_question[:, s], others[:, s]) for s in range(seeds)]))
-    return np.array(found)
+        add(configuration.name, partial(of_method, configuration))
+    return pa.concat_tables(tables)
 
 
 def _line(study: Study, method: str, records: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from headwater.attribution import Model
 from headwater.benchmarks.emoji import EMOJI, worded
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.retraining import Lessons, lessons_of
+from headwater.benchmarks.runs import digest
 from headwater.benchmarks.study import Corpus
 from headwater.demo.art import OBJECTS, STUDIOS
 from headwater.demo.corpus import HELD_OUT, make_corpus, object_contrast, studio_contrast
@@ -96,6 +98,12 @@ class Material:
     trained: Pictures
     unseen: Pictures
 
+    @property
+    def digest(self) -> str:
+        """Of all pictures' keys and captions."""
+        both = joined(self.trained, self.unseen)
+        return digest(pa.table({"key": both.keys, "caption": both.captions}))
+
     def lessons(self, base: Model) -> Lessons:
         """What can be trained on; concepts are left out of captions as often as `SHARES` says."""
         pictures = self.trained
@@ -124,6 +132,22 @@ def evenly(items: Sequence[int], count: int) -> list[int]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def material_of(
+    base: Model,
+    corpus: str | None,
+    *,
+    styles: Sequence[str],
+    names: int,
+    per_pair: int,
+    unseen: int,
+    pixels: int,
+) -> Material:
+    """The emoji corpus's, or the demo's `drawings` where none is named."""
+    if corpus is None:
+        return drawings(base, per_pair=per_pair, unseen=unseen, pixels=pixels)
+    return emoji(base, Path(corpus), styles=styles, names=names, unseen=unseen, pixels=pixels)
+
+
 def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Material:
     """The demo's drawings, encoded by the base: object and studio are the concepts.
 
@@ -132,10 +156,12 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
     """
     pairs = len(OBJECTS) * len(STUDIOS) - len(HELD_OUT)
 
-    def encoded(per_pair: int, count: int, seed: int) -> Pictures:
+    def encoded(per_pair: int, count: int, seed: int, within: str = "") -> Pictures:
         rows = make_corpus(per_pair, seed).to_pylist()
         whole = count - count % pairs  # rounds of all pairs, then an even part of them
         rows = rows[:whole] + [rows[i] for i in evenly(range(whole, len(rows)), count - whole)]
+        # Keys name noise: those of two drawings must differ.
+        rows = [row | {"image_id": within + row["image_id"]} for row in rows]
         return _pictures(
             base,
             rows,
@@ -148,7 +174,8 @@ def drawings(base: Model, *, per_pair: int, unseen: int, pixels: int) -> Materia
         )
 
     return Material(
-        encoded(per_pair, per_pair * pairs, 0), encoded(-(-unseen // pairs), unseen, _APART)
+        encoded(per_pair, per_pair * pairs, 0),
+        encoded(-(-unseen // pairs), unseen, _APART, "unseen/"),
     )
 
 

@@ -7,6 +7,7 @@ against the carriers of the question's concept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import bm25s
@@ -16,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from headwater.benchmarks.parts import NOWHERE, Parts
 from headwater.benchmarks.study import Answers, Configuration, Say, Study, answer
 
 TOP = 10
@@ -52,23 +54,46 @@ def measure(
     dampings: Sequence[float] = DAMPINGS,
     seen: Callable[[Answers], object] = lambda answers: None,
     answering: Callable[[Study, Configuration], Answers] = answer,
+    parts: Parts = NOWHERE,
 ) -> pa.Table:
     """Every method and baseline on one study, by `SCHEMA`.
 
     Each method is measured at every damping and at the one that it chooses without labels.
-    `seen` is called with each method's answers, before they are let go. `answering` makes them,
-    where rows are not to be computed anew.
+    `answering` makes a method's answers, where rows are not to be computed anew, and `seen` is
+    called with them before they are let go. What is in `parts` is neither: it is taken from there,
+    and what is measured is kept there, method by method.
     """
-    records: list[dict[str, Any]] = []
-    for name, scores_of in (BASELINES if baselines is None else baselines).items():
-        scores = torch.from_numpy(scores_of(study))
-        records += _records(study, name, scores, {"label_free": True})
-        say(_line(study, records[-len(study.questions) :]))
-    for configuration in answerable(study, configurations, say):
+    tables = [SCHEMA.empty_table()]
+
+    def add(name: str, make: Callable[[], list[dict[str, Any]]]) -> None:
+        tables.append(part(study, name, make, parts, say))
+
+    def of_baseline(name: str, scores_of: Baseline) -> list[dict[str, Any]]:
+        return _records(study, name, torch.from_numpy(scores_of(study)), {"label_free": True})
+
+    def of_method(configuration: Configuration) -> list[dict[str, Any]]:
         answers = answering(study, configuration)
         seen(answers)
-        records += measured(study, answers, say, dampings)
-    return pa.Table.from_pylist(records, schema=SCHEMA)
+        return measured(study, answers, dampings)
+
+    for name, scores_of in (BASELINES if baselines is None else baselines).items():
+        add(name, partial(of_baseline, name, scores_of))
+    for configuration in answerable(study, configurations, say):
+        add(configuration.name, partial(of_method, configuration))
+    return pa.concat_tables(tables)
+
+
+def part(
+    study: Study, name: str, make: Callable[[], list[dict[str, Any]]], parts: Parts, say: Say
+) -> pa.Table:
+    """The rows of one method, by `SCHEMA`: kept before anything is said, or there already."""
+    table = parts.once(
+        lambda: pa.Table.from_pylist(make(), schema=SCHEMA), study.name, study.replicate, name
+    )
+    free = table.filter(table["label_free"]).to_pylist()
+    if free:
+        say(_line(study.name, free))
+    return table
 
 
 def answerable(
@@ -98,7 +123,7 @@ class Scored(Protocol):
 
 
 def measured(
-    study: Study, answers: Scored, say: Say, dampings: Sequence[float] = DAMPINGS
+    study: Study, answers: Scored, dampings: Sequence[float] = DAMPINGS
 ) -> list[dict[str, Any]]:
     """The rows of one method, by `SCHEMA`."""
     records: list[dict[str, Any]] = []
@@ -112,8 +137,6 @@ def measured(
             "label_free": damping is None or damping == answers.damping,
         }
         records += _records(study, answers.configuration.name, answers.scores(damping), facts)
-        if facts["label_free"]:
-            say(_line(study, records[-len(study.questions) :]))
     return records
 
 
@@ -124,7 +147,7 @@ def wanted(answers: Scored, dampings: Sequence[float] = DAMPINGS) -> list[float 
     return [*sorted({*dampings, answers.damping})]
 
 
-def _line(study: Study, records: Sequence[Mapping[str, Any]]) -> str:
+def _line(study: str, records: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for concept in dict.fromkeys(record["concept"] for record in records):
         chosen = [r for r in records if r["concept"] == concept]
@@ -132,7 +155,7 @@ def _line(study: Study, records: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f"{concept} p@10 {means[0]:.3f} r@10 {means[1]:.3f} ap {means[2]:.3f}")
     damping = records[0].get("damping")
     told = "" if damping is None else f" (damping {damping:g})"
-    return f"{study.name} {records[0]['method']}{told}: {'; '.join(parts)}"
+    return f"{study} {records[0]['method']}{told}: {'; '.join(parts)}"
 
 
 def _records(

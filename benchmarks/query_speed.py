@@ -21,7 +21,7 @@ from PIL import Image
 from headwater.attribution import Model, ModelError, Recipe
 from headwater.attribution.model import usable_device
 from headwater.benchmarks import sizes
-from headwater.benchmarks.record import machine
+from headwater.benchmarks.runs import machine
 from headwater.benchmarks.study import Say
 from headwater.ingest import build_index
 from headwater.queries import Asking, Concept, Index

@@ -19,3 +19,29 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     last = counts.cumsum()
     means: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[place]
     return means
+
+
+def lds(
+    scores: npt.NDArray[np.float64],
+    halves: npt.NDArray[np.bool_],
+    true: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """Rank correlation per question, [Q], of the members' scores and what was measured.
+
+    Args:
+        scores: [N, Q].
+        halves: [K, N] the members of each subset.
+        true: [Q, K].
+    """
+    foreseen = halves.astype(np.float64) @ scores.astype(np.float64)
+    return np.array([spearman(*pair) for pair in zip(foreseen.T, true, strict=True)])
+
+
+def repeatability(measured: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How well one seed's utility foresees the mean of the others': [Q] from [Q, K, seeds]."""
+    seeds = measured.shape[2]
+    found = []
+    for of_question in measured:
+        others = (of_question.sum(1, keepdims=True) - of_question) / (seeds - 1)
+        found.append(np.mean([spearman(of_question[:, s], others[:, s]) for s in range(seeds)]))
+    return np.array(found)

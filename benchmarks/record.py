@@ -1,100 +1,67 @@
-"""The record of a benchmark: its settings, every ranking, the table and the pictures.
+"""The record of a benchmark: every ranking, the table and the pictures.
 
-`write` leaves in a folder `config.json`, from which `headwater bench NAME --replay` runs it again;
-NAME.parquet, a line for each method, question and lambda; NAME.md; and NAME-lambda.png and
-NAME-cost.png.
+`write` leaves beside the `config.json` of a run NAME.parquet, a line for each method, question and
+lambda; NAME.md; and NAME-lambda.png and NAME-cost.png.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image, ImageDraw
 
+from headwater.benchmarks.runs import Run
 from headwater.benchmarks.summary import Cell, curves, summarise
 
 CELL, GAP, LABEL = 96, 6, 30
 _READING = """
 Columns: *label-free* is the method's own lambda, chosen without labels, with a 95 % bootstrap
-interval (over training seeds where there are several, and over pictures); *disjoint* the one
-lambda that does best on the other half of the pictures; *best* the one that does best on these;
-*oracle* the best of each question, as the published code reports. Only the first is a claim; it
-is one constant for all methods, settled once on 53 emoji pairs with the default query, so methods
-that want another lambda are to be compared by the disjoint column too.
+interval (over training seeds where there are several, and over pictures, which seeds share);
+*disjoint* the one lambda that does best on the other half of the pictures; *best* the one that
+does best on these; *oracle* the best of each question, as the published code reports. Only the
+first is a claim; it is one constant for all methods, settled once on 53 emoji pairs with the
+default query, so methods that want another lambda are to be compared by the disjoint column too.
 lambda is in units of the rows' mean squared length.
 """
 
 
-def write(
-    out: Path,
-    name: str,
-    settings: Mapping[str, Any],
-    table: pa.Table,
-    metrics: Mapping[str, str],
-    *,
-    intro: str,
-    device: str,
-) -> list[Cell]:
-    """Write the record of one run and return its cells.
+def write(run: Run, table: pa.Table, metrics: Mapping[str, str], *, intro: str) -> list[Cell]:
+    """Write the record of one run, all but its `config.json`, and return its cells.
 
     Args:
-        out: folder, made if it is not there.
-        name: of the benchmark.
-        settings: everything that `run` was given, as JSON has it.
+        run: as `begin` gave it.
         table: by `measure.SCHEMA`, of all replicates.
         metrics: concept -> column that measures it.
         intro: what was asked of what, in Markdown.
-        device: where it ran: `cuda`, `cpu`, ...
     """
-    config = configured(out, name, settings, device=device)
-    pq.write_table(table, out / f"{name}.parquet")
-    cells = summarise(table, metrics)
-    lines = [f"# {name}", "", intro.strip(), "", told(config), "", *markdown(cells, metrics)]
-    lines += [_READING, f"![lambda]({name}-lambda.png)", "", f"![cost]({name}-cost.png)"]
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
-    plot_lambda(table, cells, metrics, out / f"{name}-lambda.png")
-    plot_cost(table, cells, out / f"{name}-cost.png")
+    run.out.mkdir(parents=True, exist_ok=True)
+    name = run.config["benchmark"]
+    pq.write_table(table, run.out / f"{name}.parquet")
+    shown = [f"![lambda]({name}-lambda.png)", "", f"![cost]({name}-cost.png)"]
+    cells = _page(run, table, metrics, intro, shown)
+    plot_lambda(table, cells, metrics, run.out / f"{name}-lambda.png")
+    plot_cost(table, cells, run.out / f"{name}-cost.png")
     return cells
 
 
-def configured(
-    out: Path, name: str, settings: Mapping[str, Any], *, device: str, **facts: Any
-) -> dict[str, Any]:
-    """Make the folder of a run with its `config.json`, and return what that says.
-
-    `facts` are what else a record of this benchmark holds.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    config = {"benchmark": name, "settings": dict(settings), **machine(device), **facts}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return config
+def follow(run: Run, metrics: Mapping[str, str], *, intro: str) -> None:
+    """Have the table of what is there written whenever a method is measured, until `write`."""
+    unfinished = f"**The run has not ended: these are the methods so far.**\n\n{intro.strip()}"
+    run.parts.watch(lambda table: _page(run, table, metrics, unfinished, ()))
 
 
-def machine(device: str) -> dict[str, str]:
-    """Where, when and with what a run was made."""
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    return {
-        "machine": where,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["headwater", *sys.argv[1:]]),
-    }
+def _page(
+    run: Run, table: pa.Table, metrics: Mapping[str, str], intro: str, shown: Sequence[str]
+) -> list[Cell]:
+    name, cells = run.config["benchmark"], summarise(table, metrics)
+    lines = [f"# {name}", "", intro.strip(), "", told(run.config), "", *markdown(cells, metrics)]
+    (run.out / f"{name}.md").write_text("\n".join([*lines, _READING, *shown]) + "\n")
+    return cells
 
 
 def told(config: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from headwater.benchmarks.measure import BASELINES
 from headwater.benchmarks.methods import METHODS_TABLE
-from headwater.benchmarks.record import configured, told
-from headwater.benchmarks.summary import DRAWS, interval
+from headwater.benchmarks.record import told
+from headwater.benchmarks.runs import Run
+from headwater.benchmarks.summary import interval, resampled
 
 OURS = "headwater"
 CARRIERS = "random carriers"
@@ -40,20 +41,13 @@ against the best other method first.
 """
 
 
-def write(
-    out: Path,
-    settings: Mapping[str, Any],
-    table: pa.Table,
-    accuracy: Mapping[str, float],
-    device: str,
-) -> None:
-    """Leave `config.json`, the table as Parquet, Markdown and a plot in the folder `out`."""
-    facts = {"classifier": dict(accuracy)}
-    config = configured(out, "counterfactual", settings, device=device, **facts)
+def write(run: Run, table: pa.Table, accuracy: Mapping[str, float]) -> None:
+    """Leave the table as Parquet, Markdown and a plot in the run's folder."""
+    out = run.out
     pq.write_table(table, out / "counterfactual.parquet")
     rows = table.to_pylist()
     intro = _INTRO.format(accuracy=" and ".join(f"{v:.3f} ({k})" for k, v in accuracy.items()))
-    lines = ["# counterfactual", intro, told(config), "", *_ratios(rows), *_tables(rows)]
+    lines = ["# counterfactual", intro, told(run.config), "", *_ratios(rows), *_tables(rows)]
     lines.append("![drop](counterfactual-drop.png)")
     (out / "counterfactual.md").write_text("\n".join(lines) + "\n")
     _plot(rows, out / "counterfactual-drop.png")
@@ -64,24 +58,16 @@ def ratio(
 ) -> tuple[float, float, float]:
     """Our mean effect divided by a rival's, with a 95 % interval.
 
-    Seeds are drawn again, and concepts within them, the same for both. Against a rival without an
+    Seeds and concepts are drawn again, the same for both. Against a rival without an
     effect the ratio is infinite, or minus infinity where we have none either.
     """
     effects = {
         (r["method"], r["replicate"], r["concept"], r["picture"]): float(r[measure]) for r in rows
     }
-    pairs: dict[int, list[tuple[float, float]]] = {}
-    for (method, *key), value in effects.items():
-        if method == ours:
-            pairs.setdefault(key[0], []).append((value, effects[rival, *key]))
-    seeds = [np.array(of) for of in pairs.values()]
-    generator = np.random.default_rng(0)
-    found = []
-    for _ in range(DRAWS):
-        chosen = generator.integers(len(seeds), size=len(seeds))
-        sums = [seeds[i][generator.integers(len(seeds[i]), size=len(seeds[i]))] for i in chosen]
-        found.append(np.concatenate(sums).mean(0))
-    means = np.concatenate(seeds).mean(0)
+    mine = [key for key in effects if key[0] == ours]
+    cells = [(seed, (kind, label)) for _, seed, kind, label in mine]
+    pairs = [(effects[key], effects[rival, *key[1:]]) for key in mine]
+    found, means = resampled(cells, pairs), np.mean(pairs, axis=0)
     low, high = np.percentile([_over(*of) for of in found], [2.5, 97.5], method="nearest")
     return _over(*means), float(low), float(high)
 

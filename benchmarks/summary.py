@@ -8,11 +8,12 @@ question, which is what the published code reports.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from headwater.benchmarks.errors import BenchmarkError
@@ -87,32 +88,43 @@ def summarise(table: pa.Table, metrics: Mapping[str, str]) -> list[Cell]:
 def interval(
     rows: Sequence[Mapping[str, Any]], metric: str, draws: int = DRAWS
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap of a mean: replicates are drawn again, and pictures within them.
-
-    Questions of one picture go together, as they share what was drawn.
-    """
-    clusters: dict[int, dict[str, list[float]]] = {}
-    for row in rows:
-        value = float(row[metric])
-        if not np.isnan(value):
-            pictures = clusters.setdefault(int(row["replicate"]), {})
-            pictures.setdefault(str(row["picture"]), []).append(value)
-    if not clusters:
+    """95 % percentile bootstrap of a mean, by `resampled`; values that are nan do not count."""
+    known = [row for row in rows if not np.isnan(float(row[metric]))]
+    if not known:
         return np.nan, np.nan
-    generator = np.random.default_rng(0)
-    sums = [
-        np.array([(sum(values), len(values)) for values in pictures.values()])
-        for pictures in clusters.values()
-    ]
-    means = np.empty(draws)
-    for draw in range(draws):
-        chosen = generator.integers(len(sums), size=len(sums)) if len(sums) > 1 else [0]
-        total = np.zeros(2)
-        for i in chosen:
-            total += sums[i][generator.integers(len(sums[i]), size=len(sums[i]))].sum(0)
-        means[draw] = total[0] / total[1]
+    cells = [(int(row["replicate"]), str(row["picture"])) for row in known]
+    means = resampled(cells, [[float(row[metric])] for row in known], draws)[:, 0]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def resampled(
+    cells: Sequence[tuple[Hashable, Hashable]],
+    values: Sequence[Sequence[float]],
+    draws: int = DRAWS,
+) -> npt.NDArray[np.float64]:
+    """Means of values [n, k], [draws, k], with replicates and pictures drawn again, independently.
+
+    `cells` names the replicate and the picture of each value; values of one cell go together.
+    """
+    # A picture of one name is one thing to all replicates: they share its prompt and its noise,
+    # and a retrained or unseen picture altogether. So it is drawn once for all of them; drawn
+    # anew in each, what a picture is like would be averaged out as if it were a model's chance.
+    # Where replicates share little of it, intervals are too wide rather than too narrow.
+    columns = zip(*cells, strict=True)
+    replicates, pictures = ({name: i for i, name in enumerate(dict.fromkeys(c))} for c in columns)
+    sums = np.zeros((1 + len(values[0]), len(replicates), len(pictures)))
+    for (replicate, picture), row in zip(cells, values, strict=True):
+        sums[:, replicates[replicate], pictures[picture]] += (1.0, *row)
+    generator = np.random.default_rng(0)
+    of_picture, of_replicate = (
+        generator.multinomial(count, np.full(count, 1 / count), size=draws)
+        for count in (len(pictures), len(replicates))
+    )
+    counts, *totals = ((of_replicate @ each * of_picture).sum(1) for each in sums)
+    drawn = counts > 0  # of pictures that not all replicates have, none may be drawn
+    means: npt.NDArray[np.float64] = np.stack(totals, 1)[drawn] / counts[drawn, None]
+    return means
 
 
 def curves(

@@ -24,7 +24,8 @@ import torch
 from headwater.attribution import Engine, Model, text_share
 from headwater.benchmarks import record
 from headwater.benchmarks.emoji import EMOJI, OURS, make_study, named, read
-from headwater.benchmarks.study import Answers, Say, Study, answer, corpus_rows
+from headwater.benchmarks.runs import begin, digest, given
+from headwater.benchmarks.study import Answers, Configuration, Say, Study, answer, corpus_rows
 
 SMALL = {"rows": 200, "pairs": 4, "seeds": 1, "batch": 32}
 SHARES = ("text_share", "without_caption")
@@ -52,31 +53,26 @@ def run(
         A row for each method, question and hit: method, question, concept, rank, key, carrier,
         score, text_share, without_caption.
     """
-    settings = {
-        "corpus": corpus,
-        "model": model,
-        "rows": rows,
-        "pairs": pairs,
-        "seeds": seeds,
-        "batch": batch,
-        "hits": hits,
-        "methods": list(methods),
-        "wording": list(wording),
-        "dtype": dtype,
-    }
+    settings = given(locals())
     chosen = named(methods)
     art, asked = read(Path(corpus), rows, pairs)
     network = Model.from_pretrained(model, device=device, dtype=dtype)
+    source = digest(art, pa.Table.from_pylist(asked))
+    begun = begin(out, "text-share", settings, model=network, corpus=source, say=say)
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
-    records = []
+    tables = []
     for configuration in chosen:
-        records += split(study, answer(study, configuration), hits)
-        say(f"{configuration.name}: {len(records)} scores split")
-    table = pa.Table.from_pylist(records)
-    config = record.configured(out, "text-share", settings, device=str(network.device))
+
+        def of_method(configuration: Configuration = configuration) -> pa.Table:
+            return pa.Table.from_pylist(split(study, answer(study, configuration), hits))
+
+        tables.append(begun.parts.once(of_method, configuration.name))
+        say(f"{configuration.name}: {len(tables[-1])} scores split")
+    table = pa.concat_tables(tables)
     pq.write_table(table, out / "text-share.parquet")
-    lines = ["# text-share", "", *str(__doc__).splitlines(), record.told(config), ""]
+    lines = ["# text-share", "", *str(__doc__).splitlines(), record.told(begun.config), ""]
     (out / "text-share.md").write_text("\n".join([*lines, *markdown(table)]) + "\n")
+    begun.finish()
     return table
 
 

@@ -18,14 +18,14 @@ from PIL import Image
 
 from headwater.attribution import Model, Recipe
 from headwater.attribution.model import DTYPES, usable_device
-from headwater.benchmarks import world_models
+from headwater.benchmarks import record, world_models
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import BASELINES, measure
 from headwater.benchmarks.methods import chosen as methods_of
-from headwater.benchmarks.record import grid, write
+from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.small_models import Settings
 from headwater.benchmarks.small_training import Progress
-from headwater.benchmarks.study import Corpus, Say, Study
+from headwater.benchmarks.study import Configuration, Corpus, Say, Study
 from headwater.benchmarks.worlds import Pictures, World, questions
 
 # The autoencoder is the demo's, fitted a little.
@@ -100,18 +100,7 @@ def run_world(
         BenchmarkError: an unknown method or setting of training, a count below 1, or `out` holds
             models trained with other settings.
     """
-    settings: dict[str, Any] = {
-        "images": images,
-        "replicates": replicates,
-        "pictures": pictures,
-        "seeds": seeds,
-        "batch": batch,
-        "training": dict(training or {}),
-        "methods": list(methods),
-        "controls": list(controls),
-        "recipe": dict(recipe or {}),
-        "dtype": dtype,
-    }
+    settings = given(locals())
     for name in ("images", "replicates", "pictures", "seeds", "batch"):
         if settings[name] < 1:
             raise BenchmarkError(f"{name} is {settings[name]}; it must be at least 1")
@@ -120,9 +109,13 @@ def run_world(
     cfg = _training({**TRAINING, **(training or {})})
     corpus = world_models.corpus(world, images)
     where = usable_device(device)
+    begun = begin(out, world.name, settings, device=where, corpus=_digest(corpus), say=say)
     folders = world_models.models(
         out / "models", world, corpus, cfg, replicates, where, Progress(say)
     )
+    asked = questions(world, corpus, pictures)
+    metrics = {question.concept: "precision_at_10" for question in asked}
+    record.follow(begun, metrics, intro=intro)
     tables = []
     for replicate, folder in enumerate(folders):
         model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
@@ -130,22 +123,28 @@ def run_world(
             name=world.name,
             model=model,
             corpus=_as_seen(world, model, corpus),
-            questions=questions(world, corpus, pictures),
+            questions=asked,
             seeds=seeds,
             batch=batch,
             replicate=cfg.seed + replicate,
             steps=cfg.sampling_steps,  # drawn as at the gate
             guidance=cfg.guidance,
         )
-        tables.append(measure(study, chosen, say))
+        tables.append(measure(study, chosen, say, parts=begun.parts))
         if controls:
-            tables.append(_control(world, folder, study, controls, base, cfg, say))
+            control, untaught = _control(world, folder, study, controls, base, cfg)
+            tables.append(measure(control, untaught, say, baselines={}, parts=begun.parts))
         if replicate == 0:
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
-    metrics = {q.concept: "precision_at_10" for q in study.questions}
-    write(out, world.name, settings, table, metrics, intro=intro, device=str(where))
+    record.write(begun, table, metrics, intro=intro)
+    begun.finish()
     return table
+
+
+def _digest(corpus: Pictures) -> str:
+    shown = [image.numpy().tobytes() for image in corpus.images]
+    return digest(pa.table({"key": corpus.keys, "image": shown, "values": corpus.values}))
 
 
 def _as_seen(world: World, model: Model, corpus: Pictures) -> Corpus:
@@ -162,9 +161,8 @@ def _control(
     methods: Sequence[str],
     base: Recipe,
     cfg: Settings,
-    say: Say,
-) -> pa.Table:
-    """The questions about the same pictures, put to a model that was taught nothing."""
+) -> tuple[Study, list[Configuration]]:
+    """The questions about the same pictures to a model that was taught nothing, and methods."""
     pipe = world_models.untrained(world, folder, replace(cfg, seed=study.replicate))
     dtype = next(name for name, kind in DTYPES.items() if kind is study.model.dtype)
     model = Model.from_pipeline(pipe, device=str(study.model.device), dtype=dtype)
@@ -172,7 +170,7 @@ def _control(
     given = {picture: x_0 for (picture, _), x_0 in zip(study.asked, first, strict=True)}
     control = replace(study, model=model, given=given)
     asked = [replace(c, name=f"{c.name}, untrained model") for c in methods_of(methods, base)]
-    return measure(control, asked, say, baselines={})
+    return control, asked
 
 
 def _training(values: Mapping[str, Any]) -> Settings:
@@ -199,7 +197,7 @@ def _top10(study: Study, table: pa.Table, corpus: Pictures, path: Path) -> None:
         truth = study.questions[row["question"]].truth
         hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
         lines.append((f"{row['concept']} of “{prompt}”: {row['method']}", asked, hits))
-    grid(lines, path)
+    record.grid(lines, path)
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:

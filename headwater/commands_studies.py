@@ -71,11 +71,15 @@ def _command(name: str) -> Callable[..., None]:
         if small and replay is not None:
             raise BenchmarkError("--small and --replay exclude each other; a record has settings")
         with quiet_libraries():  # while they are imported
+            from headwater.benchmarks.runs import replaying
+
             module = importlib.import_module(f"headwater.benchmarks.{name.replace('-', '_')}")
         known = inspect.signature(module.run).parameters
         settings: dict[str, Any] = dict(module.SMALL) if small else {}
+        record: dict[str, Any] = {}
         if replay is not None:
-            settings = _recorded(replay, name)
+            record = _recorded(replay, name)
+            settings = dict(record["settings"])
         given = {"corpus": corpus, "model": model, "tree": tree}
         settings |= {key: value for key, value in given.items() if value is not None}
         settings |= dict(map(_pair, setting or ()))
@@ -88,7 +92,8 @@ def _command(name: str) -> Callable[..., None]:
         for key in free:
             if known[key].default is inspect.Parameter.empty and key not in settings:
                 raise BenchmarkError(f"bench {name} needs --{key}")
-        module.run(out, device=device, say=partial(print, flush=True), **settings)
+        with replaying(record):
+            module.run(out, device=device, say=partial(print, flush=True), **settings)
 
     return command
 
@@ -97,8 +102,8 @@ def _recorded(path: Path, name: str) -> dict[str, Any]:
     from headwater.benchmarks.errors import BenchmarkError
 
     try:
-        record = json.loads(path.read_text())
-        benchmark, settings = record["benchmark"], dict(record["settings"])
+        record: dict[str, Any] = json.loads(path.read_text())
+        benchmark, _ = record["benchmark"], dict(record["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(
             f"{path} is no record of a benchmark ({type(error).__name__}: {error}); give the "
@@ -106,7 +111,7 @@ def _recorded(path: Path, name: str) -> dict[str, Any]:
         ) from error
     if benchmark != name:
         raise BenchmarkError(f"{path} is of bench {benchmark}; replay it with that command")
-    return settings
+    return record
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -62,6 +62,20 @@ def caches_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+class Stopped(Exception):
+    """A run is broken off."""
+
+
+def stopping_at(words: str) -> Callable[[str], None]:
+    """A `say` that breaks off a run when it is told a line with these words."""
+
+    def say(line: str) -> None:
+        if words in line:
+            raise Stopped
+
+    return say
+
+
 Command = Callable[..., tuple[int, str, str]]
 
 

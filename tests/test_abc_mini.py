@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import SHARED
+from conftest import SHARED, Stopped, stopping_at
 from PIL import Image
 
 from headwater.attribution import Model
@@ -105,7 +105,8 @@ def study(base: Model, known: pa.Table) -> Study:
     tuning = FineTuning(steps=1, batch=1)
     taught = teach(base, lesson, x_0, "inversion", tuning, lambda _: None)
     study = make_study("inversion, silent", taught, lesson, x_0, "silent", 2, 8, 4)
-    study.given.update({word: x_0[i] for i, word in enumerate(lesson.words)})  # type: ignore[attr-defined]
+    pictures = [question.picture for question in study.questions]
+    study.given.update({picture: x_0[i] for i, picture in enumerate(pictures)})  # type: ignore[attr-defined]
     return study
 
 
@@ -184,6 +185,22 @@ def test_a_small_run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     told = (tmp_path / "abc-mini.md").read_text()
     assert "| method | " + " | ".join(studies) + " |" in told
     assert any("of the pictures are of their subject" in line for line in said)
+    assert not (tmp_path / "parts").exists()
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "broken", model=str(model_folder), say=stopping_at("silent headwater"))
+    taught: list[str] = []
+    teach = abc_mini.teach
+
+    def spied(base: Model, lesson: Any, x_0: Any, way: str, *rest: Any) -> Model:
+        taught.append(way)
+        return teach(base, lesson, x_0, way, *rest)
+
+    monkeypatch.setattr(abc_mini, "teach", spied)
+    resumed = run(tmp_path / "broken", model=str(model_folder), say=said.append)
+    assert taught == ["cross-attention"]  # the other was, and is asked as it was taught
+    seconds = ["ingest_seconds", "query_seconds"]
+    assert resumed.drop(seconds).equals(table.drop(seconds))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +213,7 @@ def test_a_small_run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ({"wording": ("a {}",)}, "with, without, known word"),
         ({"methods": ("trac",)}, "method 'trac' is unknown"),
         ({"rows": 10**6}, "set fewer rows"),
-        ({"corpus": "nowhere"}, "nowhere holds no train.parquet"),
+        ({"corpus": "c"}, "--corpus c needs --model, whose text encoder knows its words"),
     ],
 )
 def test_settings_that_are_none_are_refused(
@@ -205,6 +222,11 @@ def test_settings_that_are_none_are_refused(
     with pytest.raises(BenchmarkError, match=message):
         run(tmp_path, **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"holds no train\.parquet; give the corpus's folder"):
+        read_corpus(str(tmp_path), 1, 0)
 
 
 def test_the_small_version_names_methods_that_there_are() -> None:

@@ -343,6 +343,8 @@ def test_drawings_go_round_all_pairs() -> None:
     assert sorted(unseen[:40]) == sorted(found.trained.captions)
     assert len(set(unseen[40:])) == 20
     assert {line.split()[1] for line in unseen[40:]} == set(found.trained.labels["object"])
+    assert len({*found.trained.keys, *found.unseen.keys}) == 100
+    assert all(key.startswith("unseen/") for key in found.unseen.keys)
     assert not any(torch.equal(x, y) for x in found.unseen.x_0 for y in found.trained.x_0)
 
 

@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import Stopped, stopping_at
 from PIL import Image
 
 from headwater.attribution import Engine, Model, Recipe, parted
 from headwater.attribution.shares import TEXT_SIDE
-from headwater.benchmarks import beyond, caption_variants, emoji, pieces, text_share
+from headwater.benchmarks import beyond, caption_variants, emoji, pieces, record, text_share
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.measure import latent_scores, ranking_metrics
+from headwater.benchmarks.measure import latent_scores, measure, ranking_metrics
 from headwater.benchmarks.study import Answers, Configuration, Study, answer, query_rows
 from headwater.demo.art import STUDIOS, render
 from headwater.demo.corpus import HELD_OUT, caption, make_corpus
@@ -270,13 +271,14 @@ def test_corpus_to_train_on(tiny_corpus: Path, tmp_path: Path) -> None:
 
 def test_wrong_captions_tell_picture_from_caption(tiny_study: Study, tiny_corpus: Path) -> None:
     art, _ = emoji.read(tiny_corpus, 0, 2)
-    meet = caption_variants.WrongCaptions(art)
     whose = caption_variants.captions_of(art)
     shown = np.stack([question.truth for question in tiny_study.questions], 1).astype(float)
-    meet.add(tiny_study, "by picture", shown)
-    meet.add(tiny_study, "by caption", shown[whose])
+    table = pa.concat_tables(
+        caption_variants.meet(tiny_study, whose, name, scores)
+        for name, scores in (("by picture", shown), ("by caption", shown[whose]))
+    )
     found: dict[tuple[str, str], list[int]] = {}
-    for row in meet.records:
+    for row in table.to_pylist():
         total = found.setdefault((row["method"], row["kind"]), [0, 0])
         total[0] += row["found"]
         total[1] += row["images"]
@@ -289,7 +291,7 @@ def test_wrong_captions_tell_picture_from_caption(tiny_study: Study, tiny_corpus
         assert found[method, best][0] == found[method, best][1] > 0
         assert found[method, "shown and named"][0] == found[method, "shown and named"][1]
         assert found[method, best][1] + found[method, worst][1] == wrong
-    assert any("1.000 of" in line for line in meet.markdown())
+    assert any("1.000 of" in line for line in caption_variants.met(table))
 
 
 def test_variants_run_whole(
@@ -491,3 +493,80 @@ def test_controls_are_about_other_objects(tiny_corpus: Path, tiny_study: Study) 
     torch.testing.assert_close(centre[0, 0], rows[0::2].mean((0, 1)))  # objects
     torch.testing.assert_close(centre[3, 0], rows[1::2].mean((0, 1)))  # styles
     assert np.isfinite(latent_scores(tiny_study)).all()
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "changes", "stop"),
+    [
+        (emoji, {"methods": ["a", "b"]}, "emoji a"),
+        (
+            caption_variants,
+            {"methods": ["a"], "languages": [], "variants": ["true", "wrong"]},
+            "wrong a, to_k",
+        ),
+        (beyond, {"controls": 2}, "emoji raw gradients"),
+        (text_share, {"methods": ["a", "b"], "hits": 2}, "a: "),
+    ],
+)
+def test_a_broken_off_run_loses_nothing(
+    benchmark: Any,
+    changes: dict[str, Any],
+    stop: str,
+    tiny_corpus: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = replace(OURS.recipe, dim=32, timesteps=2)
+    quick = {"a": recipe, "b": replace(recipe, method="das")}
+    named = lambda names: [Configuration(n, quick.get(n, recipe)) for n in names]  # noqa: E731
+    monkeypatch.setattr(benchmark, "named", named)
+    for name in ("plot_lambda", "plot_cost"):  # tested with the record, and slow
+        monkeypatch.setattr(record, name, lambda *args: None)
+    found: list[str] = []  # configurations whose rows were made
+    told_otherwise = caption_variants.told_otherwise
+
+    def answered(study: Study, configuration: Configuration, **rest: Any) -> Answers:
+        found.append(configuration.name)
+        return answer(study, configuration, **rest)
+
+    def told(answers: Answers, study: Study) -> Answers:
+        found.append(f"{study.name} {answers.configuration.name}")
+        return told_otherwise(answers, study)
+
+    monkeypatch.setattr(measure, "__kwdefaults__", measure.__kwdefaults__ | {"answering": answered})
+    monkeypatch.setattr(caption_variants, "told_otherwise", told)
+    monkeypatch.setattr(beyond, "OTHER_LAYERS", {})  # they are many
+    for module in (beyond, caption_variants, text_share):
+        monkeypatch.setattr(module, "answer", answered)
+
+    def run(out: str, say: Any) -> pa.Table:
+        given = {"corpus": str(tiny_corpus), "model": str(model_folder), "rows": 16, "pairs": 2}
+        given |= {"seeds": 1, "batch": 16, "wording": TINY, "device": "cpu", **changes}
+        return benchmark.run(tmp_path / out, say=say, **given)
+
+    whole = run("whole", lambda line: None)
+    unbroken = found.copy()
+    found.clear()
+    with pytest.raises(Stopped):
+        run("broken", stopping_at(stop))
+    assert json.loads((tmp_path / "broken/config.json").read_text())["finished"] is False
+    if benchmark in (emoji, beyond):  # what there is can be read
+        page = next((tmp_path / "broken").glob("*.md")).read_text()
+        assert "has not ended" in page
+        assert f"| {stop.removeprefix('emoji ')} |" in page
+    before = found.copy()
+    found.clear()
+    said: list[str] = []
+    resumed = run("broken", said.append)
+    assert "the run goes on" in said[0]
+    # What was asked in both sittings is only what other variants of a method still need.
+    assert set(before) & set(found) <= {"a, to_k, to_v"}
+    assert set(before) | set(found) == set(unbroken)
+    seconds = [name for name in whole.column_names if name.endswith("_seconds")]
+    assert resumed.drop(seconds).equals(whole.drop(seconds))
+    assert json.loads((tmp_path / "broken/config.json").read_text())["finished"] is True
+    pages = [next((tmp_path / out).glob("*.md")).read_text() for out in ("whole", "broken")]
+    tables = [[line for line in page.splitlines() if line.startswith("|")] for page in pages]
+    assert tables[0] == tables[1]
+    assert not (tmp_path / "broken" / "parts").exists()

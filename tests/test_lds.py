@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_material
 import torch
+from conftest import Stopped, stopping_at
 from tiny import stable_diffusion
 from torch import Tensor, nn
 
 from headwater.attribution import Model, Recipe, seeded_noise
-from headwater.benchmarks import lds
+from headwater.benchmarks import lds, ranks, record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material
 from headwater.benchmarks.methods import chosen as methods_of
@@ -25,6 +26,7 @@ from headwater.benchmarks.noised import noised
 from headwater.benchmarks.ranks import spearman
 from headwater.benchmarks.retraining import Job, Training, saved_model, small_unet, train
 from headwater.benchmarks.stacked import chosen, taken
+from headwater.benchmarks.study import Answers, Configuration, Study, answer
 
 SUBSETS = 10
 TRAINING = Training(widths=(8, 16), steps=80, batch=8, learning_rate=1e-2)
@@ -78,7 +80,7 @@ def test_scores_of_members_are_added_up() -> None:
     generator = np.random.default_rng(1)
     scores, true = generator.normal(size=(9, 3)), generator.normal(size=(3, 6))
     halves = lds.random_halves(9, 6)
-    found = lds.lds(scores, halves, true)
+    found = ranks.lds(scores, halves, true)
     for question in range(3):
         sums = []
         for half in halves:
@@ -104,7 +106,7 @@ def test_what_one_seed_says_of_the_others() -> None:
         others = [s for s in range(3) if s != seed]
         mean = (measured[0, :, others[0]] + measured[0, :, others[1]]) / 2
         each.append(spearman(measured[0, :, seed], mean))
-    assert lds.repeatability(measured)[0] == pytest.approx(np.mean(each))
+    assert ranks.repeatability(measured)[0] == pytest.approx(np.mean(each))
 
 
 def test_utilities_are_those_of_a_plain_loop(trained: Trained) -> None:
@@ -152,8 +154,9 @@ def test_scores_foresee_what_retraining_shows(trained: Trained) -> None:
     assert np.mean(own) > 0.6
     recipe = Recipe(dim=512, timesteps=5, steps=10)
     methods = lds.with_images(methods_of(["trak", "d-trak", "headwater"], recipe))
-    utility = trained.utility.view(len(trained.utility), SUBSETS, 1)
-    records = lds.scored(study, utility, trained.halves, methods, lambda _: None)
+    utility = trained.utility.view(len(trained.utility), SUBSETS, 1).numpy()
+    table = lds.scored(study, utility, trained.halves, methods, lambda _: None)
+    records = table.to_pylist()
     means = {
         method: np.mean(
             [
@@ -206,22 +209,25 @@ def test_too_few_subsets_are_refused(tmp_path: Path) -> None:
         lds.run(tmp_path, subsets=2)
 
 
+SETTINGS: dict[str, Any] = {
+    "per_pair": 1,
+    "pixels": 32,
+    "subsets": 3,
+    "seeds": 2,
+    "replicates": 1,
+    "questions": 2,
+    "noises": 2,
+    "widths": [8, 16],
+    "steps": 2,
+    "batch": 2,
+    "methods": ["d-trak"],
+    "dim": 64,
+    "query_seeds": 1,
+}
+
+
 def test_the_whole_benchmark_leaves_a_record_that_replays(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "per_pair": 1,
-        "pixels": 32,
-        "subsets": 3,
-        "seeds": 2,
-        "replicates": 1,
-        "questions": 2,
-        "noises": 2,
-        "widths": [8, 16],
-        "steps": 2,
-        "batch": 2,
-        "methods": ["d-trak"],
-        "dim": 64,
-        "query_seeds": 1,
-    }
+    settings = SETTINGS
     tables = []
     for folder in ("first", "again"):
         if folder == "again":
@@ -247,3 +253,28 @@ def test_the_whole_benchmark_leaves_a_record_that_replays(tmp_path: Path) -> Non
     text = (first / "lds.md").read_text()
     assert "another training" in text
     assert set(lds.SMALL) <= set(json.loads((first / "config.json").read_text())["settings"])
+
+
+def test_a_broken_off_run_trains_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "plot_lambda", lambda *args: None)  # tested with the record
+    monkeypatch.setattr(record, "plot_cost", lambda *args: None)
+    asked: list[str] = []
+
+    def answered(study: Study, configuration: Configuration) -> Answers:
+        asked.append(configuration.name)
+        return answer(study, configuration)
+
+    monkeypatch.setattr(lds, "answer", answered)
+    settings = {**SETTINGS, "questions": 1}
+    settings |= {"methods": ["trak", "tracin"], "device": "cpu"}
+    whole = lds.run(tmp_path / "whole", say=lambda _: None, **settings)
+    assert asked == ["trak", "tracin"]
+    with pytest.raises(Stopped):
+        lds.run(tmp_path / "broken", say=stopping_at("lds 0 trak"), **settings)
+    monkeypatch.setattr(lds, "train", None)  # whoever trains again fails
+    asked.clear()
+    found = lds.run(tmp_path / "broken", say=lambda _: None, **settings)
+    assert asked == ["tracin"]
+    assert found.drop(["ingest_seconds"]).equals(whole.drop(["ingest_seconds"]))

@@ -27,6 +27,7 @@ from headwater.attribution import (
 from headwater.benchmarks import measure as measuring
 from headwater.benchmarks.measure import SCHEMA, measure, ranking_metrics
 from headwater.benchmarks.record import grid, write
+from headwater.benchmarks.runs import begin
 from headwater.benchmarks.study import (
     Answers,
     Configuration,
@@ -37,7 +38,7 @@ from headwater.benchmarks.study import (
     curvature_of,
     query_rows,
 )
-from headwater.benchmarks.summary import interval, summarise
+from headwater.benchmarks.summary import interval, resampled, summarise
 
 RECIPE = Recipe(dim=64, timesteps=3, steps=6)
 WORDS = ("cat", "dog")
@@ -182,7 +183,8 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     assert not torch.equal(kept[1].features, kept[2].features)
 
     metrics = {"object": "recall_at_10", "style": "precision_at_10"}
-    cells = write(tmp_path, "tiny", {"seed": 0}, table, metrics, intro="A test.", device="cpu")
+    run = begin(tmp_path, "tiny", {"seed": 0}, corpus="none", say=said.append)
+    cells = write(run, table, metrics, intro="A test.")
     assert {cell.method for cell in cells} == {row["method"] for row in rows}
     assert pq.read_table(tmp_path / "tiny.parquet").equals(table)
     assert json.loads((tmp_path / "config.json").read_text())["settings"] == {"seed": 0}
@@ -258,6 +260,37 @@ def test_intervals_draw_pictures_and_replicates_again() -> None:
     twice = [row for row in rows[:40] for _ in range(4)]  # four questions of each picture
     assert interval(twice, "m") == pytest.approx((low, high))
     assert np.isnan(interval([], "m")).all()
+
+
+def test_pictures_are_drawn_once_for_all_replicates() -> None:
+    generator = np.random.default_rng(4)
+    own = generator.random(30)
+    rows = [{"replicate": r, "picture": str(p), "m": own[p]} for r in range(6) for p in range(30)]
+    assert interval(rows, "m") == pytest.approx(interval(rows[:30], "m"))
+    models = [{"replicate": r, "picture": str(p), "m": own[r]} for p in range(30) for r in range(6)]
+    half = 1.96 * own[:6].std() / 6**0.5
+    assert interval(models, "m")[0] == pytest.approx(own[:6].mean() - half, abs=0.05)
+
+
+def test_means_of_a_drawing_again_are_those_of_a_plain_loop() -> None:
+    """Of values that some replicates lack, and of several in one cell."""
+    generator = np.random.default_rng(5)
+    cells = [(r, f"p{p}") for r in range(3) for p in range(4) for _ in range(1 + (r == p))]
+    cells.remove((2, "p3"))
+    values = generator.random((len(cells), 2))
+    found = resampled(cells, values.tolist(), 20)
+    generator = np.random.default_rng(0)
+    of_picture = generator.multinomial(4, [0.25] * 4, size=20)
+    of_replicate = generator.multinomial(3, [1 / 3] * 3, size=20)
+    for draw, means in enumerate(found):
+        chosen = [
+            value
+            for (r, picture), value in zip(cells, values, strict=True)
+            for _ in range(of_replicate[draw, r] * of_picture[draw, int(picture[1])])
+        ]
+        assert means == pytest.approx(np.mean(chosen, axis=0))
+    # Each picture its own replicate's: nothing may be drawn, which then does not count.
+    assert np.isfinite(resampled([(0, "a"), (1, "b")], [[1.0], [2.0]], 50)).all()
 
 
 def test_a_study_made_of_another_keeps_none_of_its_rows(study: Study) -> None:

@@ -12,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import Stopped, stopping_at
 
+from headwater.attribution import Engine
+from headwater.benchmarks import study as studies
 from headwater.benchmarks import synthetic, world_models
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import ceiling_scores, ranking_metrics
@@ -174,7 +177,19 @@ def measured(void: tuple[Path, str]) -> tuple[Path, pa.Table]:
     file = out / "models/model-0/gate.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"passed": True}))
     before = (out / "models/model-0/unet").stat().st_mtime_ns
-    table = synthetic.run(out, **TINY, say=lambda line: None)
+    with pytest.raises(Stopped):
+        synthetic.run(out, **TINY, say=stopping_at("synthetic d-trak"))
+    queried: list[str] = []
+    query_rows = studies.query_rows
+
+    def spied(study: Study, engine: Engine, kind: str) -> torch.Tensor:
+        queried.append(kind)
+        return query_rows(study, engine, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "query_rows", spied)
+        table = synthetic.run(out, **TINY, say=lambda line: None)
+    assert queried == ["contrast"] * 2  # ours, and of the untrained model: not d-trak again
     assert (out / "models/model-0/unet").stat().st_mtime_ns == before  # not trained again
     return out, table
 
