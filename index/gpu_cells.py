@@ -37,7 +37,7 @@ PER_HIT = 4
 # FAISS ends the process when its kernel for more lacks shared memory (facebookresearch/faiss#3207).
 MOST_CANDIDATES = 512
 LIST_BYTES = 2**20  # lost to every list of codes: memory is given out in pages of twice as much
-_OCTAVES = (-4, 8)  # of length around the median; beyond, rows are coded as the nearest octave is
+_LOWEST = -4  # octave of length below the median's: what is shorter is coded as there, to less
 _RANGE = 4.0  # in deviations of a row at the lower end of an octave, half as many at the upper
 _SAMPLE = 1024  # rows of which the median length is taken
 _BLOCK_ROWS = 8192
@@ -46,7 +46,7 @@ _SMALL_LIST = 4 * 2**20  # bytes; lists grow to the next power of two below, by 
 
 
 def codes_bytes(index: StoredIndex, metric: Metric) -> int:
-    """The most memory of a GPU that codes of an index need while they are made."""
+    """About how much memory of a GPU codes of an index need while they are made."""
     rows, width = len(index.ok_positions), index.manifest.dim
     if metric.preconditioning != "none":
         width = min(width, MOST_DIRECTIONS)
@@ -97,8 +97,7 @@ class Inverted:
             rows = decode_rows(units, factor[block]) @ turned
             rows /= unit
             length = np.linalg.norm(rows, axis=1)
-            octaves = np.frexp(np.maximum(length, np.finfo(np.float32).tiny))[1] - 1
-            octaves = np.clip(octaves, *_OCTAVES)
+            octaves = np.frexp(np.maximum(length, 2.0**_LOWEST))[1] - 1
             for octave in np.unique(octaves).tolist():
                 if octave not in self._files:
                     self._files[octave] = place(_empty(centres))
