@@ -27,7 +27,9 @@ import pyarrow as pa
 from headwater.benchmarks.gradient_rows import Generator, compare
 from headwater.index import IndexStoreError, IndexWriter, Metric, StoredIndex, gpu, search
 from headwater.index.accelerator import Accelerator, candidates_for
+from headwater.index.cells import cell_count
 from headwater.index.exact import rescored
+from headwater.index.gpu_cells import codes_bytes
 from headwater.index.metrics import prepare
 
 Float32 = npt.NDArray[np.float32]
@@ -43,23 +45,35 @@ VISITED = (64, 32, 16, 8, 4, 2)  # one cell in so many, where codes stand in cel
 
 
 def run(
-    features: Path, rows: int, out: Path | None, folder: Path | None, say: Callable[[str], None]
+    features: Path,
+    rows: int,
+    out: Path | None,
+    folder: Path | None,
+    say: Callable[[str], None],
+    gpu_memory: int | None = None,
 ) -> None:
     """Measure, say the tables, and write `out`.md and `out`.jsonl.
 
-    features  an index, or a .npy file of effective rows [n, dim]
-    folder    where the generated index is written for the time of the run: rows x dim x 2 bytes
+    features    an index, or a .npy file of effective rows [n, dim]
+    folder      where the generated index is written for the time of the run: rows x dim x 2 bytes
+    gpu_memory  leave out the processor's codes, and measure those that a GPU with so many bytes
+                free holds in the place of rows
 
     Raises:
-        IndexStoreError: too few real rows, or a file that holds no rows.
+        IndexStoreError: too few real rows, or a file that holds no rows; no GPU to measure, or a
+            `gpu_memory` that holds the rows or not even codes.
     """
+    if gpu_memory is not None and not gpu.available():
+        raise IndexStoreError("--gpu-memory: there is no GPU, or this FAISS is built without it")
     real = read_real(features)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     with TemporaryDirectory(dir=folder, prefix="headwater-bench-") as temporary:
-        lines = measure(real, rows, Path(temporary) / "index", records)
-    text = "\n".join([f"headwater bench index --features {features} --rows {rows}", "", *lines])
+        lines = measure(real, rows, Path(temporary) / "index", records, gpu_memory)
+    option = "" if gpu_memory is None else f" --gpu-memory {gpu_memory}"
+    command = f"headwater bench index --features {features} --rows {rows}{option}"
+    text = "\n".join([command, "", *lines])
     say(text)
     if out is not None:
         out.with_name(f"{out.name}.md").write_text(text + "\n")
@@ -89,7 +103,13 @@ def read_real(features: Path) -> Float32:
     return found
 
 
-def measure(real: Float32, rows: int, folder: Path, records: list[dict[str, Any]]) -> list[str]:
+def measure(
+    real: Float32,
+    rows: int,
+    folder: Path,
+    records: list[dict[str, Any]],
+    gpu_memory: int | None = None,
+) -> list[str]:
     """All lines of the report; what was measured is added to `records`."""
     held = len(real) // 10
     kept = real[2 * held :]
@@ -111,9 +131,13 @@ def measure(real: Float32, rows: int, folder: Path, records: list[dict[str, Any]
     index = StoredIndex.open(folder)
     note(records, lines, "generate and write", seconds=seconds)
     truth = exact(index, asked, records, lines)
-    accelerated(index, asked, truth, records, lines)
-    if gpu.available():
+    if gpu_memory is None:
+        accelerated(index, asked, truth, records, lines)
+    room = gpu.room() if gpu.available() else 0
+    if room is None or gpu.rows_bytes(index) <= room:
         on_gpu(index, asked, truth, records, lines)
+    if gpu_memory is not None:
+        codes_on_gpu(index, asked, truth, gpu_memory, records, lines)
     return lines
 
 
@@ -239,28 +263,81 @@ def on_gpu(
 ) -> None:
     """Exact on a GPU: its own time, and the whole search with scores from the processor."""
     vectors, scale = prepare(index, asked, METRIC)
-    single = np.ascontiguousarray(vectors, dtype=np.float32)
     seconds, resident = timed(lambda: gpu.Resident(index, scale, METRIC))
     note(records, lines, "copy rows to the GPU", seconds=seconds)
     everything = index.ok_positions
 
-    def own(query: Float32) -> list[Int64]:
-        return resident.candidates(query, 84, everything) or []
+    def propose(query: Float32, top: int) -> list[Int64]:
+        return resident.candidates(query, min(2 * top + 64, len(everything)), everything) or []
 
-    own_times, whole_times, hits = [], [], []
-    for query, best in zip(single, truth, strict=True):
-        own_times.append(timed(partial(own, query[None]))[0])
-        started = time.perf_counter()
-        _, found = rescored(index, query[None], scale, own(query[None]), 10)
-        whole_times.append(time.perf_counter() - started)
-        hits.append(np.isin(best[:10], found[0]).mean())
-    first = len(own_times) // 10  # the first queries warm up
-    note(
-        records, lines, "GPU, a query", p50=quantile(own_times[first:], 0.5),
-        p99=quantile(own_times[first:], 0.99),
-        with_scores_p50=quantile(whole_times[first:], 0.5), recall10=float(np.mean(hits)),
-        selectors=gpu.honours_selectors(),
-    )  # fmt: skip
+    figures = proposals(index, vectors.astype(np.float32), scale, truth, propose)
+    note(records, lines, "GPU, a query", **figures, selectors=gpu.honours_selectors())
+
+
+def codes_on_gpu(
+    index: StoredIndex,
+    asked: Float64,
+    truth: Int64,
+    memory: int,
+    records: list[Any],
+    lines: list[str],
+) -> None:
+    """Codes in a GPU's memory, scanned in all cells and in some, with scores from the processor."""
+    rows, codes = gpu.rows_bytes(index), codes_bytes(index, METRIC)
+    if not codes <= memory < rows:
+        raise IndexStoreError(
+            f"--gpu-memory {memory}: a GPU holds the codes and not the rows of this index from "
+            f"{codes:,} bytes to {rows:,}"
+        )
+    vectors, scale = prepare(index, asked, METRIC)
+    before = gpu.room()
+    seconds, held = timed(lambda: gpu.hold(index, scale, METRIC, memory))
+    if held is None:
+        raise IndexStoreError(f"--gpu-memory {memory}: the GPU has less free")
+    after = gpu.room()
+    taken = (
+        {}
+        if before is None or after is None
+        else {"bytes_a_row": (before - after) / index.manifest.rows}
+    )
+    note(records, lines, "make codes on the GPU", seconds=seconds, **taken)
+    everything = index.ok_positions
+    for visit in (None, *(cell_count(index.manifest.rows) // part for part in (2, 4, 8))):
+
+        def propose(query: Float32, top: int, visit: int | None = visit) -> list[Int64]:
+            return held.candidates(query, top, everything, visit) or []
+
+        figures = proposals(index, vectors.astype(np.float32), scale, truth, propose)
+        cells = "all" if visit is None else f"{visit:,}"
+        note(records, lines, f"codes on the GPU, {cells} cells, a query", **figures)
+
+
+def proposals(
+    index: StoredIndex,
+    queries: Float32,
+    scale: Float32,
+    truth: Int64,
+    propose: Callable[[Float32, int], list[Int64]],
+) -> dict[str, float]:
+    """Times to propose the 10 best, without and with their exact scores, and what is found."""
+    own, whole, hits10, hits100 = [], [], [], []
+    for query, best in zip(queries, truth, strict=True):
+        seconds, proposed = timed(partial(propose, query[None], 10))
+        more, found = timed(partial(rescored, index, query[None], scale, proposed, 10))
+        own.append(seconds)
+        whole.append(seconds + more)
+        hits10.append(np.isin(best[:10], found[1]).mean())
+        _, found = rescored(index, query[None], scale, propose(query[None], 100), 100)
+        hits100.append(np.isin(best, found).mean())
+    first = len(own) // 10  # the first queries warm up
+    return {
+        "p50": quantile(own[first:], 0.5),
+        "p99": quantile(own[first:], 0.99),
+        "with_scores_p50": quantile(whole[first:], 0.5),
+        "with_scores_p99": quantile(whole[first:], 0.99),
+        "recall10": float(np.mean(hits10)),
+        "recall100": float(np.mean(hits100)),
+    }
 
 
 def note(records: list[Any], lines: list[str], what: str, **values: float) -> None:

@@ -83,8 +83,17 @@ def bench_index(
     folder: Annotated[
         Path | None, typer.Option(help="Where the generated index lies meanwhile.")
     ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            help="Instead of the processor's codes, measure those that a GPU with so many bytes "
+            "free holds in the place of rows.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Measure search on generated rows with the norms, spectrum and neighbours of real ones."""
     from headwater.benchmarks.index_bench import run
 
-    run(features, rows, target, folder, partial(print, flush=True))
+    run(features, rows, target, folder, partial(print, flush=True), gpu_memory)

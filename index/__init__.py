@@ -20,7 +20,9 @@ accelerator  candidates of a large index from short codes, of some cells or of a
 whitening  rows made short where queries are long: where codes and cells are made
 codes      one bit per direction of a whitened row (RaBitQ), a segment of shards at a time
 cells      an inverted file before the codes, and how much of it a search must look at
-gpu        candidates of rows that lie in a GPU's memory
+space      where the codes of an index are made: its whitening and its cells, as kept
+gpu        candidates of rows that lie in a GPU's memory, or of codes of them
+gpu_cells  four bits per direction of a whitened row, in an inverted file on a GPU
 derived    files that can be made again, used only as this user wrote them
 excerpt    some shards of an index, read as an index of their own
 actors     search over Ray actors that each hold some shards

@@ -26,13 +26,10 @@ exactly: for a query of 1e7 rows 0.26 core-seconds and 0.2 GB; of 1e9, over shar
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -51,6 +48,7 @@ from .manifest import Shard
 from .metrics import Metric
 from .reader import Int64, StoredIndex
 from .rows import Float32
+from .space import CALIBRATION, CELLS, WHITENING, folder_of, kept_space, only_builder, space
 from .whitening import Whitening
 
 faiss: Any = _faiss  # its stubs lack half of what is used here
@@ -62,7 +60,6 @@ FROM_CELLS = 1_000_000  # searchable ones; below, the exact scores take longer t
 PER_HIT = 50  # candidates looked at exactly per result asked for
 SHARE = 200  # and at least one row in so many: as the crowd grows, so does what passes for a hit
 MOST = 50_000  # but no more: memory and exact scores are paid per candidate, and per query
-_WHITENING, _CELLS, _CALIBRATION = "whitening.npz", "cells.npy", "calibration.json"
 _FEW = 50  # exact below one row in so many: reading those takes less than estimating them all
 _KEPT = 2  # candidates a segment hands over, in fair shares of all
 _LEAST_KEPT = 2000  # and at least so many: by measurement 99 in 100 hits are among them
@@ -122,7 +119,7 @@ def calibrations(index: StoredIndex) -> dict[str, Calibration]:
     found = {}
     for folder in sorted((index.folder / derived.FOLDER / index.caches).glob("*")):
         try:
-            calibration = Calibration.kept(index.folder, folder / _CALIBRATION)
+            calibration = Calibration.kept(index.folder, folder / CALIBRATION)
         except OSError:  # a link, which none of ours is
             continue
         if calibration is not None:
@@ -150,13 +147,13 @@ class Accelerator:
         Raises OSError when codes are missing and none can be kept (a read-only folder, a full
         disk), at the first file, and BlockingIOError when another process is building.
         """
-        folder = index.folder / derived.FOLDER / index.caches / _kind(metric)
+        folder = folder_of(index, metric)
         kept = cls._kept(index, scale, folder)
         try:
             ready = kept and kept._with_calibration(index, folder)
             if ready is not None:
                 return ready
-            with _only_builder(folder):
+            with only_builder(folder):
                 return cls._build(index, scale, metric, folder)
         except BlockingIOError:
             raise
@@ -170,14 +167,11 @@ class Accelerator:
     @classmethod
     def _kept(cls, index: StoredIndex, scale: Float32, folder: Path) -> Accelerator | None:
         """What is kept, without a calibration, if no code is missing."""
-        whitening = Whitening.kept(index, folder / _WHITENING)
-        if whitening is None:
+        whitening, cells = kept_space(index, folder)
+        if whitening is None or (cells is None and wants_cells(index)):
             return None
-        cells = Cells.kept(index, whitening, folder / _CELLS)
-        if cells is None and _wants_cells(index):
-            return None
-        plan = _plan(index, scale, folder, cells)
-        found = [_kept_segment(index, whitening, cells, *job) for job in plan]
+        jobs = plan(index, scale, folder, cells)
+        found = [_kept_segment(index, whitening, cells, *job) for job in jobs]
         kept = cls(whitening, [segment for segment in found if segment], cells)
         return kept if all(found) else None
 
@@ -185,31 +179,24 @@ class Accelerator:
     def _build(
         cls, index: StoredIndex, scale: Float32, metric: Metric, folder: Path
     ) -> Accelerator:
-        whitening = Whitening.kept(index, folder / _WHITENING)
-        if whitening is None:
-            whitening = Whitening.of(index, metric)
-            whitening.keep(index.folder, folder / _WHITENING)
-        cells = Cells.kept(index, whitening, folder / _CELLS)
-        if cells is None and _wants_cells(index):
-            cells = Cells.of_index(index, whitening, scale)
-            cells.keep(index.folder, folder / _CELLS)
-        plan = _plan(index, scale, folder, cells)
-        missing = [job for job in plan if not _kept_segment(index, whitening, cells, *job)]
+        whitening, cells = space(index, scale, metric, folder, with_cells=wants_cells(index))
+        jobs = plan(index, scale, folder, cells)
+        missing = [job for job in jobs if not _kept_segment(index, whitening, cells, *job)]
         if missing:
             _log.warning(
                 "building the search accelerator of %s: %d of %d segments, once (--exact does "
-                "without)", index.folder, len(missing), len(plan),
+                "without)", index.folder, len(missing), len(jobs),
             )  # fmt: skip
         for first, part, path in missing:
             made, layout = codes.encode(index, whitening, cells, first, part)
             if layout is not None:
                 derived.keep(index.folder, codes.layout_path(path), layout.save)
             derived.keep(index.folder, path, partial(codes.write, made))
-        listed = {path.stem for _, _, path in plan}
+        listed = {path.stem for _, _, path in jobs}
         for path in (*folder.glob("*.codes"), *folder.glob("*.layout")):
             if path.stem not in listed:  # of rows that a compaction moved or an append completed
                 derived.remove(index.folder, path)
-        built = cls(whitening, [codes.open_segment(whitening, cells, *job) for job in plan], cells)
+        built = cls(whitening, [codes.open_segment(whitening, cells, *job) for job in jobs], cells)
         return built._with_calibration(index, folder) or built._calibrated(
             index, scale, metric, folder
         )
@@ -221,7 +208,7 @@ class Accelerator:
         """
         if self.cells is None:
             return self
-        kept = Calibration.kept(index.folder, folder / _CALIBRATION)
+        kept = Calibration.kept(index.folder, folder / CALIBRATION)
         sizes = {segment.name: segment.codes.ntotal for segment in self.segments}
         if kept is None or kept.aged(sizes, len(index.ok_positions)):
             return None
@@ -242,7 +229,7 @@ class Accelerator:
         names = tuple(segment.name for segment in self.segments)
         made = Calibration(self.cells.count, asked, len(index.ok_positions), names, found)
         try:
-            made.keep(index.folder, folder / _CALIBRATION)
+            made.keep(index.folder, folder / CALIBRATION)
         except OSError as error:
             _log.warning("%s: what its cells hold is measured again next time, as it could not be "
                          "kept (%s)", index.folder, error)  # fmt: skip
@@ -332,27 +319,28 @@ def segments(shards: Sequence[Shard], most: int) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def _plan(
+def plan(
     index: StoredIndex, scale: Float32, folder: Path, cells: Cells | None
 ) -> list[tuple[int, Float32, Path]]:
     """First position, scales of the rows and file of every segment."""
     shards = index.manifest.shards
     starts = np.cumsum([0, *(shard.items for shard in shards)])
-    words = [VERSION, codes.FACTORY, derived.digest(index.folder, folder / _WHITENING)]
+    words = [VERSION, codes.FACTORY, derived.digest(index.folder, folder / WHITENING)]
     if cells is not None:
-        words.append(derived.digest(index.folder, folder / _CELLS))
-    plan = []
+        words.append(derived.digest(index.folder, folder / CELLS))
+    found = []
     for low, high in segments(shards, SEGMENT_ROWS):
         first, part = int(starts[low]), scale[starts[low] : starts[high]]
         key = hashlib.sha256(" ".join(map(str, words)).encode())
         for shard in shards[low:high]:
             key.update(shard.files[f"features/{shard.name}.npy"].encode())
         key.update(part.tobytes())
-        plan.append((first, part, folder / f"{key.hexdigest()[:32]}.codes"))
-    return plan
+        found.append((first, part, folder / f"{key.hexdigest()[:32]}.codes"))
+    return found
 
 
-def _wants_cells(index: StoredIndex) -> bool:
+def wants_cells(index: StoredIndex) -> bool:
+    """Whether it has rows enough for cells to be kept."""
     return len(index.ok_positions) >= FROM_CELLS
 
 
@@ -373,23 +361,3 @@ def _kept_segment(
     except OSError as error:
         derived.tell_damaged(path, error)
         return None
-
-
-def _kind(metric: Metric) -> str:
-    words = [metric.similarity, metric.preconditioning]
-    if metric.preconditioning != "none":
-        words.append(f"{metric.damping:g}")
-    return "-".join(words)
-
-
-@contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; BlockingIOError, an OSError, while another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Neither through a link nor emptied: a folder from elsewhere must not reach other files.
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,20 +1,24 @@
-"""Candidates of an index whose rows lie in the memory of a GPU, by a FAISS built for one.
+"""Candidates of an index that lies in the memory of a GPU, by a FAISS built for one.
 
 Rows are kept in half precision with their scale folded in, so a score there is good to a part in a
 hundred of the largest: a few more rows than asked for are looked at again on the processor, which
-gives the same scores as a search without a GPU.
+gives the same scores as a search without a GPU. Where the memory does not hold them, it holds short
+codes (`gpu_cells`), and more rows are looked at again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import faiss as _faiss
 import numpy as np
 
+from .gpu_cells import Inverted, codes_bytes
 from .metrics import Metric
 from .products import selector
 from .reader import Int64, StoredIndex
@@ -27,6 +31,7 @@ FROM_ROWS = 100_000  # below, copying the rows takes longer than many questions 
 # the one question of a command is answered sooner without.
 FROM_QUERIES = 100  # asked of an index in this process, a question's seeds each for itself
 MOST_RESULTS = 2048  # of a search on a GPU, by FAISS
+_SCRATCH_BYTES = 3 * 2**30  # left free: FAISS itself takes half of it, libraries and searches more
 _BLOCK_ROWS = 8192
 
 
@@ -38,12 +43,16 @@ def candidates(
     wanted: Int64,
     metric: Metric,
     proposers: set[str] | None = None,
+    *,
+    largest: bool = True,
 ) -> list[Int64] | None:
     """Return, for each query [Q, dim], ascending positions among `wanted` that hold its best.
 
     None without a GPU or a FAISS for it, for a small index, for the first queries of a process,
-    when rows or results are too many for it, and for a part of the rows when this FAISS ignores
-    selectors. Otherwise `proposers` is told `gpu`.
+    when codes or results are too many for it, and for a part of the rows when this FAISS ignores
+    selectors, or of codes. Otherwise `proposers` is told `gpu`, and `cells` when the codes of some
+    cells only were scanned. `largest` is False for queries that were negated: their best are the
+    other end of a ranking.
     """
     count = min(2 * top + 64, len(wanted))
     if index.manifest.rows < FROM_ROWS or count > MOST_RESULTS or not available():
@@ -51,20 +60,79 @@ def candidates(
     _ASKED[index] = _ASKED.get(index, 0) + len(queries)
     if _ASKED[index] < FROM_QUERIES or index in _TOO_LARGE:
         return None
-    resident = _RESIDENT.get(index)
-    if resident is None or resident.metric != metric:
-        _RESIDENT.pop(index, None)
-        try:
-            resident = Resident(index, scale, metric)
-        except RuntimeError as error:  # out of memory
-            _log.warning("%s is searched by the processor: %s", index.folder, _line(error))
-            _TOO_LARGE.add(index)
-            return None
-        _RESIDENT[index] = resident
-    proposed = resident.candidates(queries, count, wanted)
+    held = _held(index, scale, metric)
+    told = {"gpu"}
+    if held is None:
+        return None
+    if isinstance(held, Inverted):
+        # Measured for the best of all rows; what is least like a picture gathers in no cell.
+        visit = held.visit(top) if largest else None
+        told |= {"cells"} if visit is not None else set()
+        proposed = held.candidates(queries, top, wanted, visit)
+    else:
+        proposed = held.candidates(queries, count, wanted)
     if proposed is not None and proposers is not None:
-        proposers.add("gpu")
+        proposers |= told
     return proposed
+
+
+def hold(
+    index: StoredIndex, scale: Float32, metric: Metric, room: int | None
+) -> Resident | Inverted | None:
+    """Copy the rows to the GPU, or codes of them where `room`, in bytes, does not hold the rows.
+
+    None, with a warning, when it holds neither. A `room` of None is not known: what does not fit is
+    seen when the memory runs out.
+    """
+    reason = ""
+    ways: list[tuple[str, int, Callable[..., Resident | Inverted]]] = [
+        ("rows in half precision", rows_bytes(index), Resident),
+        ("codes", codes_bytes(index, metric), partial(Inverted, place=_to_gpu)),
+    ]
+    for what, needed, make in ways:
+        if room is not None and needed > room:
+            reason = f"its {what} need {needed / 2**30:,.1f} GiB of a GPU, {room / 2**30:,.1f} free"
+            continue
+        if make is not Resident:
+            _log.warning("%s is searched by codes on the GPU, made once now: %s",
+                         index.folder, reason)  # fmt: skip
+        try:
+            return make(index, scale, metric)
+        except RuntimeError as error:  # out of memory; what was copied goes with the error
+            reason = _line(error)
+    _log.warning("%s is searched by the processor: %s", index.folder, reason)
+    return None
+
+
+def rows_bytes(index: StoredIndex) -> int:
+    """The most memory of a GPU that the rows need while they are copied.
+
+    FAISS makes exact room for every block that is added and copies what there was: rows are there
+    twice meanwhile.
+    """
+    return len(index.ok_positions) * (2 * 2 * index.manifest.dim + 8)
+
+
+def room() -> int | None:
+    """Bytes of the GPU that an index may take, by the driver; None when it does not tell."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return None
+    try:
+        if driver.cuCtxPushCurrent_v2(context):
+            return None
+        failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+    return None if failed else max(0, free.value - _SCRATCH_BYTES)
 
 
 class Resident:
@@ -111,9 +179,30 @@ class Resident:
         return None if found is None else [np.sort(row) for row in found[1]]
 
 
-_RESIDENT: WeakKeyDictionary[StoredIndex, Resident] = WeakKeyDictionary()
+_HELD: WeakKeyDictionary[StoredIndex, Resident | Inverted] = WeakKeyDictionary()
 _ASKED: WeakKeyDictionary[StoredIndex, int] = WeakKeyDictionary()  # queries so far
 _TOO_LARGE: WeakSet[StoredIndex] = WeakSet()
+
+
+def _held(index: StoredIndex, scale: Float32, metric: Metric) -> Resident | Inverted | None:
+    """What the GPU holds of an index for this metric; None when it cannot."""
+    held = _HELD.get(index)
+    if held is not None and held.metric == metric:
+        return held
+    del held
+    _HELD.pop(index, None)  # the memory of the other metric is free now
+    made = hold(index, scale, metric, room())
+    if made is None:
+        _TOO_LARGE.add(index)
+    else:
+        _HELD[index] = made
+    return made
+
+
+def _to_gpu(empty: Any) -> Any:
+    config = faiss.GpuIndexIVFScalarQuantizerConfig()
+    config.use_cuvs = False  # it has no codes of four bits
+    return faiss.GpuIndexIVFScalarQuantizer(_resources(), empty, config)
 
 
 @cache

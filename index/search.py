@@ -34,8 +34,8 @@ def search(
     largest    False: the other end, lowest score first
     exact      True: look at every row; False: in a large index, at those that an accelerator
                proposes (`accelerator`), which misses about one hit in a hundred
-    proposers  is told who proposed the rows looked at: `gpu`; `accelerator`, and with it `cells`
-               when it scanned the codes of some cells only; nobody: all were looked at
+    proposers  is told who proposed the rows looked at: `gpu` or `accelerator`, and with it `cells`
+               when the codes of some cells only were scanned; nobody: all were looked at
 
     Scores are exact in either case. Equal ones (exact duplicates have them) are ordered by
     position, and nothing depends on `block_rows` or on the number of threads. Where an accelerator
@@ -58,7 +58,7 @@ def search(
     proposed = None
     if not exact:
         asking = index, signed, scale, top, wanted, metric, proposers
-        proposed = gpu.candidates(*asking)
+        proposed = gpu.candidates(*asking, largest=largest)
         if proposed is None:
             proposed = accelerator.candidates(*asking, largest=largest)
     if proposed is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
 from conftest import Command
 
 from headwater.benchmarks.gradient_rows import Generator, compare
-from headwater.index import gpu
+from headwater.index import gpu, gpu_cells
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,41 @@ def test_whole_run(headwater: Command, tmp_path: Path, real: npt.NDArray[np.floa
     assert 0.3 < recalls[0] <= recalls[-1] <= 1
     assert [r["candidates"] for r in frontier] == [200, 500, 1000, 2000]
     assert ("GPU, a query" in records) == gpu.available()
+
+
+def test_codes_on_a_gpu(
+    headwater: Command,
+    tmp_path: Path,
+    real: npt.NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FAISS on the processor stands for the GPU, which the machine may not have."""
+    np.save(tmp_path / "real.npy", real)
+    command = ("bench", "index", "--features", tmp_path / "real.npy", "--rows", 5000)
+    monkeypatch.setattr(gpu, "available", lambda: False)
+    code, _, err = headwater(*command, "--gpu-memory", 500_000)
+    assert code == 2
+    assert "there is no GPU" in err
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(gpu, "_flat", faiss.IndexFlatIP)
+    monkeypatch.setattr(gpu, "_to_gpu", lambda empty: empty)
+    monkeypatch.setattr(gpu, "honours_selectors", lambda: True)
+    monkeypatch.setattr(gpu, "room", lambda: None)
+    monkeypatch.setattr(gpu_cells, "LIST_BYTES", 0)
+    code, _, err = headwater(*command, "--gpu-memory", 1_000_000)
+    assert code == 2
+    assert "from 240,000 bytes to 680,000" in err
+    code, _, _ = headwater(*command, "--gpu-memory", 500_000, "--out", tmp_path / "codes")
+    assert code == 0
+    lines = (tmp_path / "codes.jsonl").read_text().splitlines()
+    records = {r.get("what", r.get("figure")): r for r in map(json.loads, lines)}
+    assert "build accelerator" not in records
+    assert records["GPU, a query"]["recall100"] == 1
+    found = [records[f"codes on the GPU, {cells} cells, a query"] for cells in ("all", 32, 8)]
+    assert found[0]["recall10"] >= found[1]["recall10"] >= found[2]["recall10"] > 0.3
+    assert found[0]["recall10"] >= 0.99
+    assert found[0]["recall100"] >= 0.99
+    assert "bytes_a_row" not in records["make codes on the GPU"]
 
 
 @pytest.mark.parametrize("content", [b"no array", b""])

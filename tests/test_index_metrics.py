@@ -165,6 +165,7 @@ def test_a_gpu_is_tried_once_and_not_for_the_first_queries(
 
     index = StoredIndex.open(index.folder)
     monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(gpu, "room", lambda: gpu.rows_bytes(index))
     monkeypatch.setattr(gpu, "Resident", full)
     monkeypatch.setattr(gpu, "FROM_ROWS", 1)
     monkeypatch.setattr(gpu, "FROM_QUERIES", 10)
