@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -114,7 +115,8 @@ def run(
     """The whole benchmark; the record is left in `out`.
 
     Args:
-        out: folder of the record and of the attributed models.
+        out: folder of the record, of the attributed models and of the utilities measured
+            (utilities.parquet: a row for each replicate and question, halves x seeds).
         corpus: folder of the emoji corpus, with its `model`; none: the demo's drawings.
         model: pipeline that lends autoencoder and text encoder; the demo's if none is named.
         styles: of the emoji corpus, and `names` (0: all) that they share.
@@ -170,17 +172,20 @@ def run(
     concepts = {f"{kind}, {where}": "lds" for kind in kinds for where in WHERE}
     intro = partial(_INTRO.format, pictures=count, models=len(jobs), **settings)
     record.follow(begun, concepts, intro=intro(bars=""))
-    tables = []
+    tables, utilities_kept = [], []
     for replicate, folder in enumerate(folders):
         attributed = Model.from_pretrained(folder, device=str(base.device), dtype="float32")
         study = study_of(attributed, material, asked_of(attributed), query_seeds, replicate)
         kept = begun.parts.done(UTILITY, replicate)
         assert kept is not None  # by an earlier run or above
+        utilities_kept.append(kept.append_column("replicate", pa.repeat(replicate, len(kept))))
         known = np.array(kept["utility"].to_pylist())
         measured = known.reshape(len(known), subsets, seeds)
         tables.append(scored(study, measured, halves, named, say, begun.parts))
     table = pa.concat_tables(tables)
     record.write(begun, table, concepts, intro=intro(bars=bars(table.to_pylist())))
+    # With the models, all that it takes to try another method on the same retrainings.
+    pq.write_table(pa.concat_tables(utilities_kept), out / "utilities.parquet")
     begun.finish()
     return table
 
