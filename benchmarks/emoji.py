@@ -27,7 +27,7 @@ from torch import Tensor
 from headwater.attribution import Model
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.measure import measure
+from headwater.benchmarks.measure import chance, measure
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.runs import begin, digest, given
@@ -92,9 +92,10 @@ def run(
         f"object and style that the model never saw, {seeds} pictures drawn of each. Object: the "
         "same object in other styles. Style: the same style. No image carries both."
     )
-    record.follow(begun, METRICS, intro=intro)
+    by_chance = chance(study.questions, METRICS)
+    record.follow(begun, METRICS, intro=intro, chance=by_chance)
     table = measure(study, chosen, say, parts=begun.parts)
-    record.write(begun, table, METRICS, intro=intro)
+    record.write(begun, table, METRICS, intro=intro, chance=by_chance)
     with (out / "emoji.md").open("a") as page:
         page.write("\n".join(["", *misses(study, art, table), ""]))
     for method in (c.name for c in chosen if c.name in PICTURED):

@@ -30,7 +30,14 @@ lambda is in units of the rows' mean squared length.
 """
 
 
-def write(run: Run, table: pa.Table, metrics: Mapping[str, str], *, intro: str) -> list[Cell]:
+def write(
+    run: Run,
+    table: pa.Table,
+    metrics: Mapping[str, str],
+    *,
+    intro: str,
+    chance: Mapping[str, float] | None = None,
+) -> list[Cell]:
     """Write the record of one run, all but its `config.json`, and return its cells.
 
     Args:
@@ -38,28 +45,41 @@ def write(run: Run, table: pa.Table, metrics: Mapping[str, str], *, intro: str) 
         table: by `measure.SCHEMA`, of all replicates.
         metrics: concept -> column that measures it.
         intro: what was asked of what, in Markdown.
+        chance: concept -> what a ranking at random is worth.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     name = run.config["benchmark"]
     pq.write_table(table, run.out / f"{name}.parquet")
     shown = [f"![lambda]({name}-lambda.png)", "", f"![cost]({name}-cost.png)"]
-    cells = _page(run, table, metrics, intro, shown)
+    cells = _page(run, table, metrics, intro, chance, shown)
     plot_lambda(table, cells, metrics, run.out / f"{name}-lambda.png")
     plot_cost(table, cells, run.out / f"{name}-cost.png")
     return cells
 
 
-def follow(run: Run, metrics: Mapping[str, str], *, intro: str) -> None:
+def follow(
+    run: Run,
+    metrics: Mapping[str, str],
+    *,
+    intro: str,
+    chance: Mapping[str, float] | None = None,
+) -> None:
     """Have the table of what is there written whenever a method is measured, until `write`."""
     unfinished = f"**The run has not ended: these are the methods so far.**\n\n{intro.strip()}"
-    run.parts.watch(lambda table: _page(run, table, metrics, unfinished, ()))
+    run.parts.watch(lambda table: _page(run, table, metrics, unfinished, chance, ()))
 
 
 def _page(
-    run: Run, table: pa.Table, metrics: Mapping[str, str], intro: str, shown: Sequence[str]
+    run: Run,
+    table: pa.Table,
+    metrics: Mapping[str, str],
+    intro: str,
+    chance: Mapping[str, float] | None,
+    shown: Sequence[str],
 ) -> list[Cell]:
     name, cells = run.config["benchmark"], summarise(table, metrics)
-    lines = [f"# {name}", "", intro.strip(), "", told(run.config), "", *markdown(cells, metrics)]
+    lines = [f"# {name}", "", intro.strip(), "", told(run.config), ""]
+    lines += markdown(cells, metrics, chance or {})
     (run.out / f"{name}.md").write_text("\n".join([*lines, _READING, *shown]) + "\n")
     return cells
 
@@ -73,14 +93,17 @@ def told(config: Mapping[str, Any]) -> str:
     )
 
 
-def markdown(cells: Sequence[Cell], metrics: Mapping[str, str]) -> list[str]:
-    """A table for each concept, best label-free mean first."""
+def markdown(
+    cells: Sequence[Cell], metrics: Mapping[str, str], chance: Mapping[str, float]
+) -> list[str]:
+    """A table for each concept, best label-free mean first, under what chance is worth."""
     lines = []
     for concept, metric in metrics.items():
         of = sorted((c for c in cells if c.concept == concept), key=lambda c: -c.label_free)
         lines += [
             f"## {concept}: {metric.replace('_at_', '@').replace('_', ' ')}",
             "",
+            *([f"A ranking at random: {chance[concept]:.3f}.", ""] if concept in chance else ()),
             "| method | label-free | 95 % | disjoint | best | oracle | lambda, label-free | best |",
             "|---|---|---|---|---|---|---|---|",
         ]

@@ -20,7 +20,7 @@ from headwater.attribution import Model, Recipe
 from headwater.attribution.model import DTYPES, usable_device
 from headwater.benchmarks import record, world_models
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.measure import BASELINES, measure
+from headwater.benchmarks.measure import BASELINES, chance, measure
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.small_models import Settings
@@ -115,7 +115,8 @@ def run_world(
     )
     asked = questions(world, corpus, pictures)
     metrics = {question.concept: "precision_at_10" for question in asked}
-    record.follow(begun, metrics, intro=intro)
+    by_chance = chance(asked, metrics)
+    record.follow(begun, metrics, intro=intro, chance=by_chance)
     tables = []
     for replicate, folder in enumerate(folders):
         model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
@@ -137,7 +138,7 @@ def run_world(
         if replicate == 0:
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
-    record.write(begun, table, metrics, intro=intro)
+    record.write(begun, table, metrics, intro=intro, chance=by_chance)
     begun.finish()
     return table
 
