@@ -6,7 +6,7 @@ lambda; NAME.md; and NAME-lambda.png and NAME-cost.png.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from headwater.benchmarks.runs import Run
+from headwater.benchmarks.study import Study
 from headwater.benchmarks.summary import Cell, curves, summarise
+from headwater.queries.gradients import to_images
 
 CELL, GAP, LABEL = 96, 6, 30
 _READING = """
@@ -167,9 +169,36 @@ def plot_cost(table: pa.Table, cells: Sequence[Cell], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def grid(
-    rows: Sequence[tuple[str, Image.Image, Sequence[tuple[Image.Image, bool]]]], path: Path
-) -> None:
+Line = tuple[str, Image.Image, Sequence[tuple[Image.Image, bool]]]  # of a `grid`
+
+
+def spread(table: pa.Table, method: str, count: int) -> list[dict[str, Any]]:
+    """At most `count` of a method's label-free rankings, evenly spread over the questions."""
+    found = [r for r in table.to_pylist() if r["method"] == method and r["label_free"]]
+    step = max(1, (len(found) - 1) // max(1, count)) | 1  # odd: two concepts take turns
+    return found[::step][:count]
+
+
+def top_ten(
+    study: Study, rows: Iterable[Mapping[str, Any]], image: Callable[[int], Image.Image]
+) -> list[Line]:
+    """For each ranking the first picture that was asked about, and what was found.
+
+    `image` shows the corpus's image at a position.
+    """
+    place = {key: i for i, key in enumerate(study.corpus.keys)}
+    lines: list[Line] = []
+    for row in rows:
+        question = study.questions[row["question"]]
+        first = study.keys.index(f"{question.picture}#0")
+        (asked,) = to_images(study.model, study.pictures[first : first + 1])
+        hits = [(image(place[key]), bool(question.truth[place[key]])) for key in row["top"]]
+        title = f"{row['method']}: {question.concept} of “{question.prompt}”"
+        lines.append((f"{title} (against “{question.contrast}”)", asked, hits))
+    return lines
+
+
+def grid(rows: Sequence[Line], path: Path) -> None:
     """A line for each question: a title, its picture, then its hits, carriers framed green.
 
     No picture is written of no rows.

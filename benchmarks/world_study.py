@@ -185,20 +185,14 @@ def _training(values: Mapping[str, Any]) -> Settings:
 
 def _top10(study: Study, table: pa.Table, corpus: Pictures, path: Path) -> None:
     """What each method finds for the first picture, with the lambda that it chooses itself."""
-    place = {key: number for number, key in enumerate(corpus.keys)}
-    picture, prompt = study.asked[0]
-    asked = _image(study.model.decode(study.pictures[:1])[0])
+    picture, _ = study.asked[0]
     rows = [
         row
         for row in table.to_pylist()
         if row["picture"] == picture and row["label_free"] and row["method"] not in BASELINES
     ]
-    lines = []
-    for row in sorted(rows, key=lambda row: row["question"]):  # stable: methods in their order
-        truth = study.questions[row["question"]].truth
-        hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
-        lines.append((f"{row['concept']} of “{prompt}”: {row['method']}", asked, hits))
-    record.grid(lines, path)
+    rows.sort(key=lambda row: row["question"])  # stable: methods in their order
+    record.grid(record.top_ten(study, rows, lambda i: _image(corpus.images[i])), path)
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:
