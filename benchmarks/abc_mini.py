@@ -212,7 +212,8 @@ def run(
                     folder = out / _folder(study.name)
                     folder.mkdir(parents=True, exist_ok=True)
                     shown = table["method"][-1].as_py()  # the last that its questions suffice for
-                    lines = top_ten(study, lesson, table, shown, pictured)
+                    rows_shown = record.spread(table, shown, pictured)
+                    lines = record.top_ten(study, rows_shown, lesson.images.__getitem__)
                     record.grid(lines, folder / "abc-mini-top10.png")
     whole = pa.concat_tables(tables)
     metrics = {_kind(count): "recall_at_10" for count in exemplars}
@@ -330,22 +331,6 @@ def recognised(study: Study, fresh: Sequence[Image.Image]) -> float:
     known = np.stack([colours(image) for image in fresh]).reshape(subjects, _REFERENCES, -1).mean(1)
     nearest = np.abs(drawn[:, None] - known[None]).sum(-1).argmin(1)
     return float((nearest == np.arange(subjects).repeat(study.seeds)).mean())
-
-
-def top_ten(
-    study: Study, lesson: Lesson, table: pa.Table, method: str, count: int
-) -> list[tuple[str, Image.Image, list[tuple[Image.Image, bool]]]]:
-    """Lines for `record.grid`: questions evenly spread, and what the method found unasked."""
-    place = {key: i for i, key in enumerate(lesson.keys)}
-    found = [r for r in table.to_pylist() if r["method"] == method and r["label_free"]]
-    lines = []
-    for row in found[:: max(1, len(found) // max(1, count))][:count]:
-        question = study.questions[row["question"]]
-        first = row["question"] * study.seeds
-        (drawn,) = to_images(study.model, study.pictures[first : first + 1])
-        hits = [(lesson.images[place[k]], bool(question.truth[place[k]])) for k in row["top"]]
-        lines.append((f"{study.name}: {question.prompt}, {row['concept']}", drawn, hits))
-    return lines
 
 
 def _kind(count: int) -> str:

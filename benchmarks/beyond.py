@@ -26,7 +26,7 @@ from headwater.attribution.shares import TEXT_SIDE
 from headwater.benchmarks import record
 from headwater.benchmarks.caption_variants import LAYERS
 from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, questions, read
-from headwater.benchmarks.measure import Scored, measured, part
+from headwater.benchmarks.measure import Scored, chance, measured, part
 from headwater.benchmarks.pieces import informative, query_pieces, row_pieces
 from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.study import (
@@ -90,7 +90,8 @@ def run(
         seeds=max(1, seeds // 2),
     )
     (default,) = named([OURS])
-    record.follow(begun, METRICS, intro=str(__doc__))
+    by_chance = chance(study.questions, METRICS)
+    record.follow(begun, METRICS, intro=str(__doc__), chance=by_chance)
     tables = []
     costs: dict[str, str] = {}
     for idea in ideas(study, control, default, passes=passes):
@@ -101,7 +102,7 @@ def run(
         tables.append(part(study, idea.name, of_idea, begun.parts, say))
         costs[idea.name] = idea.cost
     table = pa.concat_tables(tables)
-    cells = record.write(begun, table, METRICS, intro=str(__doc__))
+    cells = record.write(begun, table, METRICS, intro=str(__doc__), chance=by_chance)
     with (out / "beyond.md").open("a") as page:
         page.write("\n".join(["", *gains(table, cells, costs), ""]))
     begun.finish()

@@ -17,28 +17,32 @@ method that does no better than that has found membership, not influence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import nn
 
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.latent_classifier import LatentClassifier, trained_classifier
+from headwater.benchmarks.latent_classifier import LatentClassifier, labels_of, trained_classifier
 from headwater.benchmarks.material import Pictures, base_model, evenly, joined, material_of
 from headwater.benchmarks.measure import BASELINES, answerable
 from headwater.benchmarks.methods import chosen as methods_of
+from headwater.benchmarks.parts import Parts
 from headwater.benchmarks.presence import Sampling, losses, presence, probe_of
 from headwater.benchmarks.removal_record import CARRIERS, SCHEMA, write
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, train
 from headwater.benchmarks.runs import begin, given
 from headwater.benchmarks.study import Configuration, Question, Study, answer
 
+Scoring = Callable[[], npt.NDArray[np.float64]]  # scores [N, Q]
 GATE = 0.9  # of the classifier, on pictures that it was not trained on
 SMALL = {  # a version for two cores and some minutes
     "per_pair": 6,
@@ -161,35 +165,53 @@ def run(
     )
     trained, lessons = material.trained, material.lessons(base)
     begun = begin(out, "counterfactual", settings, model=base, corpus=material.digest, say=say)
-    judge, accuracy = judged(trained, material.unseen, kinds, classifier_steps)
+    judge, accuracy = kept_judge(begun.parts, trained, material.unseen, kinds, classifier_steps)
     say(f"{len(trained)} pictures; the classifier is right on {accuracy} of unseen ones")
-    everything = [Job(torch.arange(len(trained)), seed) for seed in range(seeds)]
-    whole = train(base, lessons, everything, training, at_once=at_once, say=say)
     sampling = Sampling(captions, draws, sampling_steps, guidance)
     some = np.random.default_rng(0).permutation(len(material.unseen))[:loss_pictures]
     lost = material.unseen.rows(some.tolist())
     probe = probe_of(base, judge, trained, lost, sampling, noises)
-    before = presence(probe, whole), losses(probe, whole)
+    folders = [out / "models" / f"replicate-{seed}" for seed in range(seeds)]
+
+    def knowledge(stacked: nn.Module) -> pa.Table:
+        known = presence(probe, stacked), losses(probe, stacked)
+        return pa.table(dict(zip(("presence", "loss"), (k.tolist() for k in known), strict=True)))
+
+    def whole() -> pa.Table:
+        everything = [Job(torch.arange(len(trained)), seed) for seed in range(seeds)]
+        stacked = train(base, lessons, everything, training, at_once=at_once, say=say)
+        for seed, folder in enumerate(folders):
+            saved_model(base, stacked, seed, training, folder)
+        return knowledge(stacked)
+
+    def rankings(study: Study, method: str, make: Scoring) -> pa.Table:
+        of_method = removed(study, trained, method, make(), fractions)
+        return pa.Table.from_pylist([asdict(removal) for removal in of_method])
+
+    # Kept when the models are: whoever goes on need not train again.
+    before = begun.parts.once(whole, "before").to_pylist()
     removals: list[Removal] = []
-    for seed in range(seeds):
-        folder = out / "models" / f"replicate-{seed}"
-        attributed = saved_model(base, whole, seed, training, folder)
+    for seed, folder in enumerate(folders):
+        attributed = Model.from_pretrained(folder, device=str(base.device), dtype="float32")
         study = study_of(attributed, trained, kinds, concepts, contexts, query_seeds, seed)
-        for method, scores in scores_of(study, named, say):
-            mine = removed(study, trained, method, scores, fractions)
+        for method, make in scores_of(study, named, say):
+            ranked = partial(rankings, study, method, make)
+            rows = begun.parts.once(ranked, "removals", seed, method).to_pylist()
+            mine = [Removal(**row | {"rows": np.array(row["rows"], int)}) for row in rows]
             removals += mine
             say(f"seed {seed}, {method}: {told(mine, trained)}")
     # Methods may remove the same.
     different = {removal.key: removal.job(len(trained)) for removal in removals}
     jobs = list(different.values())
     say(f"{len(removals)} removals, {len(jobs)} different ones to retrain after")
-    after = []
+    after: list[dict[str, list[float]]] = []
     for start in range(0, len(jobs), at_once):  # the models themselves are not kept
-        part = jobs[start : start + at_once]
-        stacked = train(base, lessons, part, training, at_once=at_once, say=say)
-        after.append((presence(probe, stacked), losses(probe, stacked)))
+
+        def retrained(part: Sequence[Job] = jobs[start : start + at_once]) -> pa.Table:
+            return knowledge(train(base, lessons, part, training, at_once=at_once, say=say))
+
+        after += begun.parts.once(retrained, "after", start).to_pylist()
     place = {key: number for number, key in enumerate(different)}
-    found = [torch.cat(parts) for parts in zip(*after, strict=True)]
     records = [
         {
             "replicate": removal.seed,
@@ -201,8 +223,8 @@ def run(
             "carriers_removed": removal.carriers(trained),
             **effects(
                 judge.named.index((removal.kind, removal.label)),
-                (before[0][removal.seed], before[1][removal.seed]),
-                (found[0][place[removal.key]], found[1][place[removal.key]]),
+                before[removal.seed],
+                after[place[removal.key]],
             ),
         }
         for removal in removals
@@ -211,6 +233,22 @@ def run(
     write(begun, table, accuracy)
     begun.finish(classifier=accuracy)
     return table
+
+
+def kept_judge(
+    parts: Parts, trained: Pictures, unseen: Pictures, kinds: Sequence[str], steps: int
+) -> tuple[LatentClassifier, dict[str, float]]:
+    """`judged`, or the classifier that judged before: all of a run's models have the same."""
+    if (kept := parts.done("judge")) is None:
+        judge, accuracy = judged(trained, unseen, kinds, steps)
+        state = io.BytesIO()
+        torch.save(judge.state_dict(), state)
+        parts.keep(pa.table({"state": [state.getvalue()], "accuracy": [accuracy]}), "judge")
+        return judge, accuracy
+    (row,) = kept.to_pylist()
+    known = LatentClassifier(trained.x_0.shape[1], labels_of(trained, kinds))
+    known.load_state_dict(torch.load(io.BytesIO(row["state"]), weights_only=True))
+    return known.to(trained.x_0.device).requires_grad_(False).eval(), row["accuracy"]
 
 
 def judged(
@@ -278,14 +316,19 @@ def study_of(
 
 def scores_of(
     study: Study, methods: Sequence[Configuration], say: Say
-) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
-    """Scores [N, Q] of every baseline and method, at a query's own damping."""
+) -> Iterator[tuple[str, Scoring]]:
+    """Every baseline and method with what gives its scores, at a query's own damping."""
     for name, baseline in BASELINES.items():
         if not name.startswith("ceiling"):
-            yield name, baseline(study)
-    yield CARRIERS, np.stack([question.truth for question in study.questions], 1).astype(float)
+            yield name, partial(baseline, study)
+    truth = np.stack([question.truth for question in study.questions], 1).astype(float)
+    yield CARRIERS, lambda: truth
     for configuration in answerable(study, methods, say):
-        yield configuration.name, answer(study, configuration).scores().double().cpu().numpy()
+
+        def scores(configuration: Configuration = configuration) -> npt.NDArray[np.float64]:
+            return answer(study, configuration).scores().double().cpu().numpy()
+
+        yield configuration.name, scores
 
 
 def removed(
@@ -310,13 +353,14 @@ def removed(
 
 
 def effects(
-    place: int, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
+    place: int, before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
     """What was lost: presence and loss, each [L], of the concept at `place` and of all others."""
-    drops, rises = before[0] - after[0], after[1] - before[1]
-    others = torch.arange(len(drops)) != place
+    drops = np.array(before["presence"]) - np.array(after["presence"])
+    rises = np.array(after["loss"]) - np.array(before["loss"])
+    others = np.arange(len(drops)) != place
     return {
-        "presence": float(after[0][place]),
+        "presence": float(after["presence"][place]),
         "drop": float(drops[place]),
         "collateral": float(drops[others].mean()),
         "loss_rise": float(rises[place]),

@@ -27,12 +27,11 @@ from torch import Tensor
 from headwater.attribution import Model
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.measure import measure
+from headwater.benchmarks.measure import chance, measure
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.methods import configurations
 from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.study import Configuration, Corpus, Question, Say, Study
-from headwater.queries.gradients import to_images
 
 OURS = "headwater"
 # How captions are worded: in full, without the object, without the style. {a} is the caption's own
@@ -92,13 +91,19 @@ def run(
         f"object and style that the model never saw, {seeds} pictures drawn of each. Object: the "
         "same object in other styles. Style: the same style. No image carries both."
     )
-    record.follow(begun, METRICS, intro=intro)
+    by_chance = chance(study.questions, METRICS)
+    record.follow(begun, METRICS, intro=intro, chance=by_chance)
     table = measure(study, chosen, say, parts=begun.parts)
-    record.write(begun, table, METRICS, intro=intro)
+    record.write(begun, table, METRICS, intro=intro, chance=by_chance)
     with (out / "emoji.md").open("a") as page:
         page.write("\n".join(["", *misses(study, art, table), ""]))
+
+    def shown(place: int) -> Image.Image:
+        return picture(art["image"][place].as_py(), network)
+
     for method in (c.name for c in chosen if c.name in PICTURED):
-        record.grid(top_ten(study, art, table, method, pictured), out / f"top10-{method}.png")
+        lines = record.top_ten(study, record.spread(table, method, pictured), shown)
+        record.grid(lines, out / f"top10-{method}.png")
     begun.finish()
     return table
 
@@ -227,25 +232,4 @@ def misses(study: Study, art: pa.Table, table: pa.Table) -> list[str]:
     for method, found in wrong.items():
         shares = np.array(found).mean(0) if found else (np.nan, np.nan)
         lines.append(f"| {method} | {len(found):,} | {shares[0]:.3f} | {shares[1]:.3f} |")
-    return lines
-
-
-def top_ten(
-    study: Study, art: pa.Table, table: pa.Table, method: str, count: int
-) -> list[tuple[str, Image.Image, list[tuple[Image.Image, bool]]]]:
-    """Lines for `record.grid`: questions evenly spread, and what the method found unasked."""
-    place = {key: i for i, key in enumerate(study.corpus.keys)}
-    found = [r for r in table.to_pylist() if r["method"] == method and r["label_free"]]
-    step = max(1, (len(found) - 1) // max(1, count)) | 1  # odd: both concepts take turns
-    lines = []
-    for row in found[::step][:count]:
-        question = study.questions[row["question"]]
-        first = study.keys.index(f"{question.picture}#0")
-        (drawn,) = to_images(study.model, study.pictures[first : first + 1])
-        hits = [
-            (picture(art["image"][i].as_py(), study.model), bool(question.truth[i]))
-            for i in (place[key] for key in row["top"])
-        ]
-        title = f"{question.concept} of “{question.prompt}” (against “{question.contrast}”)"
-        lines.append((title, drawn, hits))
     return lines

@@ -56,11 +56,16 @@ class LatentClassifier(nn.Module):
         return [(kind, label) for kind, labels in self.labels.items() for label in labels]
 
 
+def labels_of(pictures: Pictures, kinds: Sequence[str]) -> dict[str, list[str]]:
+    """Every label of each kind."""
+    return {kind: sorted(set(pictures.labels[kind])) for kind in kinds}
+
+
 def trained_classifier(
     pictures: Pictures, apart: Pictures, kinds: Sequence[str], steps: int, seed: int = 0
 ) -> tuple[LatentClassifier, dict[str, float]]:
     """A classifier of the pictures' labels, and the share it gets right of those kept apart."""
-    labels = {kind: sorted(set(pictures.labels[kind])) for kind in kinds}
+    labels = labels_of(pictures, kinds)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = LatentClassifier(pictures.x_0.shape[1], labels)

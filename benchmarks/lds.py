@@ -298,7 +298,8 @@ def utilities(base: Model, retrained: nn.Module, attributed: Model, asked: Asked
     Questions are in the order of `study_of`. With r = e(x_t, c) - eps of the retrained model and
     g = e(x_t, c) - e(x_t, c-) of the attributed one, each over all levels together, the loss's
     utility is -|r|^2 / n and a concept's is r . g / |g|: levels at which words say little count
-    little.
+    little. A model that predicts e(x_t, c-), deaf to the concept's words, has |g| less of it than
+    the attributed model.
     """
     pictures, kinds = asked.pictures, sorted(asked.pictures.lacking)
     models = len(next(retrained.parameters()))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headwater.benchmarks.parts import NOWHERE, Parts
-from headwater.benchmarks.study import Answers, Configuration, Say, Study, answer
+from headwater.benchmarks.study import Answers, Configuration, Question, Say, Study, answer
 
 TOP = 10
 # lambda in units of the rows' mean squared length: half decades around the usual 1 to 10.
@@ -194,6 +194,21 @@ def ranking_metrics(ranked: npt.NDArray[np.bool_]) -> tuple[float, float, float]
     places = np.flatnonzero(ranked) + 1
     average = float((np.arange(1, carriers + 1) / places).mean())
     return precision, right / min(TOP, carriers), average
+
+
+def chance(questions: Sequence[Question], metrics: Mapping[str, str]) -> dict[str, float]:
+    """What a ranking at random is worth for each concept, by its metric: the mean of all rankings.
+
+    Questions without a carrier count for precision and not for recall, as elsewhere.
+    """
+    found: dict[str, list[float]] = {}
+    for question in questions:
+        carriers, rows = int(question.truth.sum()), len(question.truth)
+        worth = carriers / rows  # of precision: each place holds a carrier this often
+        if metrics[question.concept] == "recall_at_10":
+            worth *= min(TOP, rows) / min(TOP, carriers) if carriers else np.nan
+        found.setdefault(question.concept, []).append(worth)
+    return {concept: float(np.nanmean(values)) for concept, values in found.items()}
 
 
 def random_scores(study: Study) -> npt.NDArray[np.float64]:

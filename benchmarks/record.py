@@ -6,7 +6,7 @@ lambda; NAME.md; and NAME-lambda.png and NAME-cost.png.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from headwater.benchmarks.runs import Run
+from headwater.benchmarks.study import Study
 from headwater.benchmarks.summary import Cell, curves, summarise
+from headwater.queries.gradients import to_images
 
 CELL, GAP, LABEL = 96, 6, 30
 _READING = """
@@ -30,7 +32,14 @@ lambda is in units of the rows' mean squared length.
 """
 
 
-def write(run: Run, table: pa.Table, metrics: Mapping[str, str], *, intro: str) -> list[Cell]:
+def write(
+    run: Run,
+    table: pa.Table,
+    metrics: Mapping[str, str],
+    *,
+    intro: str,
+    chance: Mapping[str, float] | None = None,
+) -> list[Cell]:
     """Write the record of one run, all but its `config.json`, and return its cells.
 
     Args:
@@ -38,28 +47,41 @@ def write(run: Run, table: pa.Table, metrics: Mapping[str, str], *, intro: str) 
         table: by `measure.SCHEMA`, of all replicates.
         metrics: concept -> column that measures it.
         intro: what was asked of what, in Markdown.
+        chance: concept -> what a ranking at random is worth.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     name = run.config["benchmark"]
     pq.write_table(table, run.out / f"{name}.parquet")
     shown = [f"![lambda]({name}-lambda.png)", "", f"![cost]({name}-cost.png)"]
-    cells = _page(run, table, metrics, intro, shown)
+    cells = _page(run, table, metrics, intro, chance, shown)
     plot_lambda(table, cells, metrics, run.out / f"{name}-lambda.png")
     plot_cost(table, cells, run.out / f"{name}-cost.png")
     return cells
 
 
-def follow(run: Run, metrics: Mapping[str, str], *, intro: str) -> None:
+def follow(
+    run: Run,
+    metrics: Mapping[str, str],
+    *,
+    intro: str,
+    chance: Mapping[str, float] | None = None,
+) -> None:
     """Have the table of what is there written whenever a method is measured, until `write`."""
     unfinished = f"**The run has not ended: these are the methods so far.**\n\n{intro.strip()}"
-    run.parts.watch(lambda table: _page(run, table, metrics, unfinished, ()))
+    run.parts.watch(lambda table: _page(run, table, metrics, unfinished, chance, ()))
 
 
 def _page(
-    run: Run, table: pa.Table, metrics: Mapping[str, str], intro: str, shown: Sequence[str]
+    run: Run,
+    table: pa.Table,
+    metrics: Mapping[str, str],
+    intro: str,
+    chance: Mapping[str, float] | None,
+    shown: Sequence[str],
 ) -> list[Cell]:
     name, cells = run.config["benchmark"], summarise(table, metrics)
-    lines = [f"# {name}", "", intro.strip(), "", told(run.config), "", *markdown(cells, metrics)]
+    lines = [f"# {name}", "", intro.strip(), "", told(run.config), ""]
+    lines += markdown(cells, metrics, chance or {})
     (run.out / f"{name}.md").write_text("\n".join([*lines, _READING, *shown]) + "\n")
     return cells
 
@@ -73,14 +95,17 @@ def told(config: Mapping[str, Any]) -> str:
     )
 
 
-def markdown(cells: Sequence[Cell], metrics: Mapping[str, str]) -> list[str]:
-    """A table for each concept, best label-free mean first."""
+def markdown(
+    cells: Sequence[Cell], metrics: Mapping[str, str], chance: Mapping[str, float]
+) -> list[str]:
+    """A table for each concept, best label-free mean first, under what chance is worth."""
     lines = []
     for concept, metric in metrics.items():
         of = sorted((c for c in cells if c.concept == concept), key=lambda c: -c.label_free)
         lines += [
             f"## {concept}: {metric.replace('_at_', '@').replace('_', ' ')}",
             "",
+            *([f"A ranking at random: {chance[concept]:.3f}.", ""] if concept in chance else ()),
             "| method | label-free | 95 % | disjoint | best | oracle | lambda, label-free | best |",
             "|---|---|---|---|---|---|---|---|",
         ]
@@ -144,9 +169,36 @@ def plot_cost(table: pa.Table, cells: Sequence[Cell], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def grid(
-    rows: Sequence[tuple[str, Image.Image, Sequence[tuple[Image.Image, bool]]]], path: Path
-) -> None:
+Line = tuple[str, Image.Image, Sequence[tuple[Image.Image, bool]]]  # of a `grid`
+
+
+def spread(table: pa.Table, method: str, count: int) -> list[dict[str, Any]]:
+    """At most `count` of a method's label-free rankings, evenly spread over the questions."""
+    found = [r for r in table.to_pylist() if r["method"] == method and r["label_free"]]
+    step = max(1, (len(found) - 1) // max(1, count)) | 1  # odd: two concepts take turns
+    return found[::step][:count]
+
+
+def top_ten(
+    study: Study, rows: Iterable[Mapping[str, Any]], image: Callable[[int], Image.Image]
+) -> list[Line]:
+    """For each ranking the first picture that was asked about, and what was found.
+
+    `image` shows the corpus's image at a position.
+    """
+    place = {key: i for i, key in enumerate(study.corpus.keys)}
+    lines: list[Line] = []
+    for row in rows:
+        question = study.questions[row["question"]]
+        first = study.keys.index(f"{question.picture}#0")
+        (asked,) = to_images(study.model, study.pictures[first : first + 1])
+        hits = [(image(place[key]), bool(question.truth[place[key]])) for key in row["top"]]
+        title = f"{row['method']}: {question.concept} of “{question.prompt}”"
+        lines.append((f"{title} (against “{question.contrast}”)", asked, hits))
+    return lines
+
+
+def grid(rows: Sequence[Line], path: Path) -> None:
     """A line for each question: a title, its picture, then its hits, carriers framed green.
 
     No picture is written of no rows.

@@ -20,7 +20,7 @@ from headwater.attribution import Model, Recipe
 from headwater.attribution.model import DTYPES, usable_device
 from headwater.benchmarks import record, world_models
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.benchmarks.measure import BASELINES, measure
+from headwater.benchmarks.measure import BASELINES, chance, measure
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.runs import begin, digest, given
 from headwater.benchmarks.small_models import Settings
@@ -115,7 +115,8 @@ def run_world(
     )
     asked = questions(world, corpus, pictures)
     metrics = {question.concept: "precision_at_10" for question in asked}
-    record.follow(begun, metrics, intro=intro)
+    by_chance = chance(asked, metrics)
+    record.follow(begun, metrics, intro=intro, chance=by_chance)
     tables = []
     for replicate, folder in enumerate(folders):
         model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
@@ -137,7 +138,7 @@ def run_world(
         if replicate == 0:
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
-    record.write(begun, table, metrics, intro=intro)
+    record.write(begun, table, metrics, intro=intro, chance=by_chance)
     begun.finish()
     return table
 
@@ -184,20 +185,14 @@ def _training(values: Mapping[str, Any]) -> Settings:
 
 def _top10(study: Study, table: pa.Table, corpus: Pictures, path: Path) -> None:
     """What each method finds for the first picture, with the lambda that it chooses itself."""
-    place = {key: number for number, key in enumerate(corpus.keys)}
-    picture, prompt = study.asked[0]
-    asked = _image(study.model.decode(study.pictures[:1])[0])
+    picture, _ = study.asked[0]
     rows = [
         row
         for row in table.to_pylist()
         if row["picture"] == picture and row["label_free"] and row["method"] not in BASELINES
     ]
-    lines = []
-    for row in sorted(rows, key=lambda row: row["question"]):  # stable: methods in their order
-        truth = study.questions[row["question"]].truth
-        hits = [(_image(corpus.images[place[k]]), bool(truth[place[k]])) for k in row["top"]]
-        lines.append((f"{row['concept']} of “{prompt}”: {row['method']}", asked, hits))
-    record.grid(lines, path)
+    rows.sort(key=lambda row: row["question"])  # stable: methods in their order
+    record.grid(record.top_ten(study, rows, lambda i: _image(corpus.images[i])), path)
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:

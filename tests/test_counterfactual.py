@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_material
 import torch
+from conftest import Stopped, stopping_at
 from PIL import Image
 from tiny import stable_diffusion
 from torch import Tensor
@@ -114,18 +115,19 @@ def test_a_model_that_never_saw_a_concept_knows_it_less(
     whole = train(base, lessons, jobs, training, at_once=4, say=lambda _: None)
     sampling = Sampling(captions=12, draws=1, steps=1, guidance=1.0)
     lost = losses(probe_of(base, judge, material.trained, material.trained, sampling, 5), whole)
-    beyond = []
+    beyond, known = [], lost.tolist()
     for number, word in enumerate(words, start=1):
         place = judge.named.index(("object", word))
-        found = effects(place, (lost[0], lost[0]), (lost[0], lost[number]))
+        full, less = ({"presence": known[0], "loss": known[m]} for m in (0, number))
+        found = effects(place, full, less)
         beyond.append(found["loss_rise"] - found["loss_collateral"])
     assert min(beyond) > 0
     assert np.mean(beyond) > 0.01
 
 
 def test_effects_tell_the_concept_from_the_others() -> None:
-    before = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.1, 0.1, 0.1])
-    after = torch.tensor([0.4, 0.7, 0.7]), torch.tensor([0.3, 0.1, 0.2])
+    before = {"presence": [0.9, 0.8, 0.7], "loss": [0.1, 0.1, 0.1]}
+    after = {"presence": [0.4, 0.7, 0.7], "loss": [0.3, 0.1, 0.2]}
     found = effects(0, before, after)
     expected = {
         "presence": 0.4,
@@ -243,32 +245,34 @@ def test_every_label_must_be_measured_on_something(base: Model, judge: LatentCla
         probe_of(base, judge, trained, unseen, Sampling(captions=12), 1)
 
 
+SETTINGS: dict[str, Any] = {
+    "per_pair": 1,
+    "unseen": 40,
+    "pixels": 32,
+    "concepts": 1,
+    "fractions": [0.25],
+    "seeds": 2,
+    "contexts": 1,
+    "query_seeds": 1,
+    "captions": 20,
+    "draws": 1,
+    "sampling_steps": 2,
+    "noises": 1,
+    "widths": [8, 16],
+    "steps": 2,
+    "batch": 2,
+    "methods": ["d-trak"],
+    "dim": 64,
+    "classifier_steps": 5,
+}
+
+
 def test_the_whole_benchmark_leaves_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counterfactual, "GATE", 0.0)
     said: list[str] = []
-    settings = {
-        "per_pair": 1,
-        "unseen": 40,
-        "pixels": 32,
-        "concepts": 1,
-        "fractions": [0.25],
-        "seeds": 2,
-        "contexts": 1,
-        "query_seeds": 1,
-        "captions": 20,
-        "draws": 1,
-        "sampling_steps": 2,
-        "noises": 1,
-        "widths": [8, 16],
-        "steps": 2,
-        "batch": 2,
-        "methods": ["d-trak"],
-        "dim": 64,
-        "classifier_steps": 5,
-    }
-    table = counterfactual.run(tmp_path, device="cpu", say=said.append, **settings)  # type: ignore[arg-type]
+    table = counterfactual.run(tmp_path, device="cpu", say=said.append, **SETTINGS)
     rows = table.to_pylist()
     assert len(rows) == 2 * 2 * 5  # seeds, concepts, methods
     assert {row["removed"] for row in rows} == {10}
@@ -277,12 +281,40 @@ def test_the_whole_benchmark_leaves_a_record(
             assert row["carriers_removed"] == 1.0
     assert pq.read_table(tmp_path / "counterfactual.parquet").equals(table)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["settings"].items() >= settings.items()
+    assert config["settings"].items() >= SETTINGS.items()
     assert set(counterfactual.SMALL) <= set(config["settings"])
     text = (tmp_path / "counterfactual.md").read_text()
     assert "## 25% of the corpus removed" in text
     assert (tmp_path / "counterfactual-drop.png").is_file()
     assert any(line.startswith("20 removals") for line in said)
+
+    trained: list[int] = []  # models at a time
+    most = [2]  # of everything, and some of those trained again
+    train = counterfactual.train
+
+    def spied(base: Model, lessons: Any, jobs: Any, *rest: Any, **more: Any) -> Any:
+        if len(trained) == most[0]:
+            raise Stopped
+        trained.append(len(jobs))
+        return train(base, lessons, jobs, *rest, **more)
+
+    monkeypatch.setattr(counterfactual, "train", spied)
+    few = SETTINGS | {"at_once": 6, "device": "cpu"}
+    for say in (stopping_at("seed 1, random:"), lambda _: None):
+        with pytest.raises(Stopped):
+            counterfactual.run(tmp_path / "broken", say=say, **few)
+        monkeypatch.setattr(counterfactual, "judged", None)  # no other judge is trained
+    assert trained == [2, 6]
+    most[0] = 99
+    said.clear()
+    resumed = counterfactual.run(tmp_path / "broken", say=said.append, **few)
+    (removals,) = [line for line in said if "different ones" in line]
+    assert sum(trained) == 2 + int(removals.split(", ")[1].split()[0])  # each once
+    assert resumed.drop(["presence", *removal_record.MEASURES]).equals(
+        table.drop(["presence", *removal_record.MEASURES])
+    )
+    for name in ("presence", *removal_record.MEASURES):  # which train together changes rounding
+        np.testing.assert_allclose(resumed[name], table[name], rtol=1e-3, atol=1e-5)
 
 
 def emoji_corpus(folder: Path) -> Path:

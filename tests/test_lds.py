@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from headwater.benchmarks import lds, ranks, record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material
 from headwater.benchmarks.methods import chosen as methods_of
-from headwater.benchmarks.noised import noised
+from headwater.benchmarks.noised import heard, noised
 from headwater.benchmarks.ranks import spearman
 from headwater.benchmarks.retraining import Job, Training, saved_model, small_unet, train
 from headwater.benchmarks.stacked import chosen, taken
@@ -278,3 +279,39 @@ def test_a_broken_off_run_trains_nothing_again(
     found = lds.run(tmp_path / "broken", say=lambda _: None, **settings)
     assert asked == ["tracin"]
     assert found.drop(["ingest_seconds"]).equals(whole.drop(["ingest_seconds"]))
+
+
+class Hearing(nn.Module):
+    """A stack that predicts e(c-) + k (e(c) - e(c-)), for each k of `shares`, of one picture."""
+
+    def __init__(self, model: Model, lacking: str, shares: tuple[float, ...]) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(torch.tensor(shares))
+        self.model, self.lacking = [model], lacking  # listed: no part of this module
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
+        (model,) = self.model
+        without = model.noise(x, timestep, model.encode_prompts([self.lacking] * len(x)))
+        full = model.noise(x, timestep, heard(encoder_hidden_states))
+        share = self.shares.repeat(len(x) // len(self.shares))[:, None, None, None]
+        return SimpleNamespace(sample=without + share * (full - without))
+
+
+def test_a_model_that_hears_a_concepts_words_knows_it_better(trained: Trained) -> None:
+    """The sign of a concept's utility: up by |g| from a model that is deaf to its words."""
+    model, pictures = trained.attributed, trained.material.unseen
+    for row, kind in enumerate(("object", "style"), start=1):
+        one = pictures.rows([5])
+        asked = lds.Asked(one, ("validation",), noised(trained.base, one, 4))
+        stack = Hearing(model, one.lacking[kind][0], (-1.0, 0.0, 0.5, 1.0))
+        found = lds.utilities(trained.base, stack, model, asked)[row]
+        length = 0.0
+        for level, t in enumerate(asked.noised.t):
+            a, s = model.coefficients(t[None])
+            x_t = a * one.x_0 + s * asked.noised.noise[:, level]
+            said = [model.encode_prompts([c]) for c in (one.captions[0], one.lacking[kind][0])]
+            full, without = (model.noise(x_t, t[None], states).double() for states in said)
+            length += float((full - without).square().sum())
+        expected = torch.tensor([-1.0, 0.5, 1.0], dtype=torch.float64) * length**0.5
+        torch.testing.assert_close(found[[0, 2, 3]] - found[1], expected, rtol=1e-3, atol=1e-4)
+        assert found.tolist() == sorted(found.tolist())

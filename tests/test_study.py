@@ -25,7 +25,7 @@ from headwater.attribution import (
     slider_rows,
 )
 from headwater.benchmarks import measure as measuring
-from headwater.benchmarks.measure import SCHEMA, measure, ranking_metrics
+from headwater.benchmarks.measure import SCHEMA, chance, measure, ranking_metrics
 from headwater.benchmarks.record import grid, write
 from headwater.benchmarks.runs import begin
 from headwater.benchmarks.study import (
@@ -147,6 +147,23 @@ def test_metrics_equal_plain_counting() -> None:
         assert recall == first / min(10, carriers)
         precisions = [truth[: i + 1].mean() for i in range(50) if truth[i]]
         assert average == pytest.approx(np.mean(precisions))
+
+
+def test_what_chance_is_worth_is_the_mean_of_all_rankings() -> None:
+    def asked(concept: str, carriers: int) -> Question:
+        return Question(concept, "", "", "", np.arange(13) < carriers)
+
+    questions = [asked("a", 2), asked("b", 3), asked("b", 11), asked("b", 0)]
+    expected: dict[str, list[float]] = {"a": [], "b": []}
+    for question in questions[:3]:
+        places = itertools.combinations(range(13), int(question.truth.sum()))
+        ranked = [ranking_metrics(np.isin(np.arange(13), chosen)) for chosen in places]
+        precision, recall, _ = np.mean(ranked, axis=0)
+        expected[question.concept].append(precision if question.concept == "a" else recall)
+    found = chance(questions, {"a": "precision_at_10", "b": "recall_at_10"})
+    assert found == {name: pytest.approx(np.mean(of)) for name, of in expected.items()}
+    everyone = chance([asked("a", 2), asked("a", 0)], {"a": "precision_at_10"})
+    assert everyone["a"] == pytest.approx(1 / 13)
 
 
 def test_a_measured_table_holds_every_method_question_and_lambda(

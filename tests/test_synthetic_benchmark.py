@@ -200,6 +200,10 @@ def test_the_record_is_whole(measured: tuple[Path, pa.Table]) -> None:
     page = (out / "synthetic.md").read_text()
     for concept in (*UNSEEN, *SEEN):
         assert f"## {concept}: precision@10" in page
+    # 8:1:1 blue circles, red circles, blue triangles; each combination is asked about alike.
+    assert page.count("\nA ranking at random: 0.100.\n") == 2  # unseen: triangles, red
+    seen = (0.9 + 0.9 + 0.1) / 3  # circle, circle, triangle; blue, red, blue
+    assert page.count(f"\nA ranking at random: {seen:.3f}.\n") == 2
     assert json.loads((out / "config.json").read_text())["settings"]["images"] == 120
     assert (out / "top10.png").is_file()
     methods = set(table["method"].to_pylist())
