@@ -61,13 +61,14 @@ def candidates(
     if _ASKED[index] < FROM_QUERIES or index in _TOO_LARGE:
         return None
     held = _held(index, scale, metric)
-    told = {"gpu"}
     if held is None:
         return None
+    told = {"gpu"}
     if isinstance(held, Inverted):
         # Measured for the best of all rows; what is least like a picture gathers in no cell.
         visit = held.visit(top) if largest else None
-        told |= {"cells"} if visit is not None else set()
+        if visit is not None:
+            told.add("cells")
         proposed = held.candidates(queries, top, wanted, visit)
     else:
         proposed = held.candidates(queries, count, wanted)
@@ -93,7 +94,7 @@ def hold(
         if room is not None and needed > room:
             reason = f"its {what} need {needed / 2**30:,.1f} GiB of a GPU, {room / 2**30:,.1f} free"
             continue
-        if make is not Resident:
+        if reason:
             _log.warning("%s is searched by codes on the GPU, made once now: %s",
                          index.folder, reason)  # fmt: skip
         try:

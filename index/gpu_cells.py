@@ -32,9 +32,9 @@ from .whitening import MOST_DIRECTIONS, Whitening
 
 faiss: Any = _faiss  # its stubs lack half of what is used here
 _log = logging.getLogger(__name__)
-LEAST_CANDIDATES = 256  # of 65,536 generated rows 128 held .998 of the 100 best, 264 all of them
-PER_HIT = 4
-# FAISS ends the process when its kernel for more lacks shared memory (facebookresearch/faiss#3207).
+LEAST_CANDIDATES = 256  # of 200,000 generated rows 128 held .999 of the 100 best, 264 all of them
+PER_HIT = 4  # and at least twice the results, or the processor searches
+# For more, FAISS's kernel may lack shared memory, which ends the process (its issue 3207).
 MOST_CANDIDATES = 512
 LIST_BYTES = 2**20  # lost to every list of codes: memory is given out in pages of twice as much
 _LOWEST = -4  # octave of length below the median's: what is shorter is coded as there, to less

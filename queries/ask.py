@@ -204,7 +204,7 @@ def _told(bottom: bool, proposers: set[str]) -> Iterator[str]:
             "this is the other end of the ranking, lowest score first: the images that taught "
             "against the concept"
         )
-    if "accelerator" in proposers:
+    if proposers & {"accelerator", "cells"}:
         # One process may find cells enough and another not: over a cluster, some rows are so found.
         which = "short codes, of the nearest cells only," if "cells" in proposers else "short codes"
         yield (

@@ -119,8 +119,9 @@ def folder(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def small_gpu(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A GPU, or what stands for one, with memory for the codes and not for the rows."""
     index = StoredIndex.open(folder)
-    assert gpu_cells.codes_bytes(index, METRIC) < gpu.rows_bytes(index)
-    monkeypatch.setattr(gpu, "room", lambda: gpu.rows_bytes(index) - 1)
+    codes, rows = gpu_cells.codes_bytes(index, METRIC), gpu.rows_bytes(index)
+    assert codes < rows
+    monkeypatch.setattr(gpu, "room", lambda: (codes + rows) // 2)
     if request.param == "processor":
         stand_in(monkeypatch)
     return str(request.param)
@@ -236,7 +237,7 @@ def test_a_part_of_the_rows_is_left_to_the_processor(folder: Path, small_gpu: st
 def proved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An index whose cells were made and measured by the processor."""
     for name, value in {
-        "FROM_ROWS": 1000, "FROM_CELLS": 1000, "SEGMENT_ROWS": 2000, "SHARE": 20, "PER_HIT": 10,
+        "FROM_ROWS": 1000, "FROM_CELLS": 1000, "SEGMENT_ROWS": 500, "SHARE": 20, "PER_HIT": 10,
     }.items():  # fmt: skip
         monkeypatch.setattr(accelerator, name, value)
     monkeypatch.setattr(cells, "TOPS", (10, 30))
@@ -266,13 +267,43 @@ def test_proved_cells_are_all_that_is_scanned(
         assert by == expected
         if largest:
             assert recall(found, exact) >= 0.9
-    # Rows that came later were not measured.
+
+
+@pytest.mark.parametrize("change", ["came", "went"])
+def test_cells_prove_nothing_of_rows_that_came_or_once_many_went(
+    proved: Path, small_gpu: str, change: str
+) -> None:
     with IndexWriter.open(proved) as writer:
-        add(writer, make_rows(SHARD, seed=3), N)
+        if change == "came":
+            add(writer, crowds(100, seed=3), N)
+        else:
+            writer.write_tombstones(np.arange(0, N, 4))
         writer.finish()
-    by = set()
-    search(StoredIndex.open(proved), asked(), 10, metric=METRIC, proposers=by)
+    by: set[str] = set()
+    search(StoredIndex.open(proved), asked(crowds), 10, metric=METRIC, proposers=by)
     assert by == {"gpu"}
+
+
+def test_another_metric_takes_the_place_of_the_one_before(
+    folder: Path, small_gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = StoredIndex.open(folder)
+    former: list[weakref.ref[Inverted]] = []
+    to_gpu = gpu._to_gpu
+
+    def placed(empty: Any) -> Any:
+        assert all(ref() is None for ref in former)  # its memory is free
+        return to_gpu(empty)
+
+    monkeypatch.setattr(gpu, "_to_gpu", placed)
+    for metric in (METRIC, METRIC, Metric("cosine", "both")):
+        search(index, asked(), 10, metric=metric)
+        held = gpu._HELD[index]
+        assert isinstance(held, Inverted)
+        assert held.metric == metric
+        former.append(weakref.ref(held))
+        del held
+    assert former[0] is former[1]
 
 
 def test_cells_visited_by_a_slow_count(proved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -438,6 +438,7 @@ def test_the_result_says_that_some_cells_were_scanned() -> None:
     assert "cells" not in told
     assert "in a hundred" in told
     assert not list(_told(False, {"gpu"}))
+    assert list(_told(False, {"gpu", "cells"})) == list(_told(False, {"accelerator", "cells"}))
     assert "in ten" in list(_told(True, {"accelerator"}))[-1]
 
 
