@@ -92,14 +92,14 @@ def run(
     (default,) = named([OURS])
     by_chance = chance(study.questions, METRICS)
     record.follow(begun, METRICS, intro=str(__doc__), chance=by_chance)
+
+    def of_idea(idea: Idea) -> list[dict[str, Any]]:
+        return measured(study, idea.answers())
+
     tables = []
     costs: dict[str, str] = {}
     for idea in ideas(study, control, default, passes=passes):
-
-        def of_idea(idea: Idea = idea) -> list[dict[str, Any]]:
-            return measured(study, idea.answers())
-
-        tables.append(part(study, idea.name, of_idea, begun.parts, say))
+        tables.append(part(study, idea.name, partial(of_idea, idea), begun.parts, say))
         costs[idea.name] = idea.cost
     table = pa.concat_tables(tables)
     cells = record.write(begun, table, METRICS, intro=str(__doc__), chance=by_chance)

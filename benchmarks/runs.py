@@ -104,7 +104,7 @@ def begin(
                 f"{parts.folder} is of a run with other {', '.join(other)}; give the same again, "
                 "choose another --out, or remove that folder"
             )
-        earlier = {key: before[key] for key in made if before.get(key) != config[key]}
+        earlier = {key: before.get(key) for key in made if before.get(key) != config[key]}
         if sittings := [*before.get("earlier", ()), *([earlier] if earlier else ())]:
             config["earlier"] = sittings
         other = [key for key in earlier if key not in ("date", "command")]
@@ -189,20 +189,16 @@ def _version() -> str | None:
 def _commit() -> str | None:
     """The git commit that this file is of, "-dirty" if files differ from it; None outside git."""
     here = Path(__file__).resolve()
-    for words in (
-        (
-            "ls-files",
-            "--error-unmatch",
-            here.name,
-        ),  # not some checkout that holds what is installed
-        ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
-    ):
+
+    def git(*words: str) -> str:
         command = ["git", "-C", str(here.parent), *words]
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    return found.stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # it may be installed in another's checkout
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _write(path: Path, config: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,14 @@ def run(
     source = digest(art, pa.Table.from_pylist(asked))
     begun = begin(out, "text-share", settings, model=network, corpus=source, say=say)
     study = make_study(network, art, asked, wording, seeds=seeds, batch=batch)
+
+    def of_method(configuration: Configuration) -> pa.Table:
+        return pa.Table.from_pylist(split(study, answer(study, configuration), hits))
+
     tables = []
     for configuration in chosen:
-
-        def of_method(configuration: Configuration = configuration) -> pa.Table:
-            return pa.Table.from_pylist(split(study, answer(study, configuration), hits))
-
-        tables.append(begun.parts.once(of_method, configuration.name))
+        make = partial(of_method, configuration)
+        tables.append(begun.parts.once(make, configuration.name))
         say(f"{configuration.name}: {len(tables[-1])} scores split")
     table = pa.concat_tables(tables)
     pq.write_table(table, out / "text-share.parquet")
