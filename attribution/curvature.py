@@ -59,7 +59,7 @@ class Curvature:
             ModelError: damping that is not positive.
         """
         if not damping > 0:
-            raise ModelError(f"--damping {damping} is not positive; 3 is the default")
+            raise ModelError(f"--damping {damping} is not positive; 1 to 10 are usual")
         lam = damping * self.scale
         q = queries.to(self.eigenvectors.device, torch.float64)
         shrink = self.eigenvalues / (self.eigenvalues + lam)

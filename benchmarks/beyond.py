@@ -40,7 +40,6 @@ from headwater.benchmarks.study import (
     curvature_of,
 )
 from headwater.benchmarks.summary import Cell, interval
-from headwater.queries import Asking
 
 SMALL = {"rows": 200, "pairs": 6, "seeds": 2, "batch": 32, "controls": 4, "passes": False}
 SPREAD = (0.1, 1.0, 10.0)  # dampings averaged, in units of the one that is asked for
@@ -178,7 +177,7 @@ def of_pieces(
         torch.ones_like(losses),
         rows,
         curvature_of(features),
-        Asking().damping,
+        default.damping,
         seconds,
         query_seconds,
     )

@@ -39,7 +39,7 @@ from headwater.attribution import (
 )
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.index import Metric
-from headwater.queries import Asking
+from headwater.queries import DAMPINGS
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
@@ -85,6 +85,11 @@ class Configuration:
         Metric(self.similarity, self.preconditioning)
         if self.preconditioning == "both":
             raise BenchmarkError("preconditioning 'both' is not measured here; choose query, none")
+
+    @property
+    def damping(self) -> float:
+        """The label-free lambda, in units of the rows' mean squared length: that of a query."""
+        return DAMPINGS["contrast" if self.query == "effect" else self.query]
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,7 @@ def answer(study: Study, configuration: Configuration, ingest: Ingest | None = N
         corpus.weights,
         rows,
         corpus.curvature,
-        Asking().damping,
+        configuration.damping,
         corpus.seconds,
         query_seconds,
     )

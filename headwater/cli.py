@@ -260,7 +260,9 @@ def query(
     where: Where = None,
     similarity: Annotated[str, typer.Option(help="ip, cosine or relative.")] = "ip",
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
-    damping: Annotated[float | None, typer.Option(help="Lambda / mean squared row.")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Lambda / mean squared row; unset: by method.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Of generated pictures.")] = None,
     lora: Lora = None,
     device: Device = "auto",

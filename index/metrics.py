@@ -50,7 +50,7 @@ class Metric:
 
     similarity: str = "ip"
     preconditioning: str = "none"
-    damping: float = 3.0  # lambda / mean squared length of a row; unused without preconditioning
+    damping: float = 10.0  # lambda / mean squared length of a row; unused without preconditioning
 
     def __post_init__(self) -> None:
         """Refuse a name that is none and a damping that has no inverse."""

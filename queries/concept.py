@@ -14,7 +14,11 @@ from headwater.index.metrics import Metric
 
 from .errors import QueryError
 
-KINDS = ("contrast", "slider", "image", "journey", "reward")
+# lambda that each kind of question is asked with, in units of the rows' mean squared length: what
+# is private to an image is noise in a question about a concept, which several share, and matters in
+# one about a whole picture. Measured, see docs/damping.md.
+DAMPINGS = {"contrast": 10.0, "slider": 10.0, "image": 1.0, "journey": 1.0, "reward": 10.0}
+KINDS = tuple(DAMPINGS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Asking:
     seed: int = 0  # of the first
     steps: int = 50  # DDIM steps of a generated picture
     guidance: float = 7.5  # of a generated picture
-    damping: float = 3.0  # lambda in units of the rows' mean squared length
+    # lambda in units of the rows' mean squared length; None: that of DAMPINGS, filled in at once
+    damping: float | None = None
     similarity: str = "ip"  # or "cosine", "relative": see headwater.index.metrics
     preconditioning: str = "query"  # or "none", or "both" sides by K^-1/2
     batch_size: int = 16  # pictures per forward pass; changes speed, not results
@@ -58,6 +63,8 @@ class Asking:
             )
         if self.method not in KINDS:
             raise QueryError(f"query method {self.method!r} is unknown; choose {', '.join(KINDS)}")
+        if self.damping is None:  # what is saved shall replay where DAMPINGS are others
+            object.__setattr__(self, "damping", DAMPINGS[self.method])
         for name in ("seeds", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise QueryError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -71,7 +78,8 @@ class Asking:
     @property
     def metric(self) -> Metric:
         """What rows are ranked by."""
-        return Metric(self.similarity, self.preconditioning, self.damping)
+        damping = DAMPINGS[self.method] if self.damping is None else self.damping
+        return Metric(self.similarity, self.preconditioning, damping)
 
 
 def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
