@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         ("damping", pa.float64()),  # null: the method has none
         ("label_free", pa.bool_()),  # the ranking that the method gives unasked
         *((name, pa.float64()) for name in METRICS),
-        ("top", pa.list_(pa.string())),
+        ("top", pa.list_(pa.string())),  # keys of the first ten; null beside the label-free one
         ("ingest_seconds", pa.float64()),  # of the whole corpus; null for baselines
         ("query_seconds", pa.float64()),  # of one question, without drawing its pictures
     ]
@@ -162,6 +162,7 @@ def _records(
     study: Study, method: str, scores: Tensor, facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     order = scores.argsort(dim=0, descending=True, stable=True).cpu().numpy()
+    top = [[study.corpus.keys[i] for i in first] for first in order[:TOP].T]
     found = []
     for number, question in enumerate(study.questions):
         ranked = question.truth[order[:, number]]
@@ -175,7 +176,7 @@ def _records(
                 "picture": question.picture,
                 "carriers": int(ranked.sum()),
                 **dict(zip(METRICS, ranking_metrics(ranked), strict=True)),
-                "top": [study.corpus.keys[i] for i in order[:TOP, number]],
+                "top": top[number] if facts["label_free"] else None,
                 **facts,
             }
         )

@@ -22,13 +22,13 @@ from headwater.queries.gradients import to_images
 
 CELL, GAP, LABEL = 96, 6, 30
 _READING = """
-Columns: *label-free* is the method's own lambda, chosen without labels, with a 95 % bootstrap
-interval (over training seeds where there are several, and over pictures, which seeds share);
-*disjoint* the one lambda that does best on the other half of the pictures; *best* the one that
-does best on these; *oracle* the best of each question, as the published code reports. Only the
-first is a claim; it is one constant for all methods, settled once on 53 emoji pairs with the
-default query, so methods that want another lambda are to be compared by the disjoint column too.
-lambda is in units of the rows' mean squared length.
+Columns: *label-free* is the lambda that a query has unasked, with a 95 % bootstrap interval (over
+training seeds where there are several, and over pictures, which seeds share); *disjoint* the one
+lambda that does best on the other half of the pictures; *best* the one that does best on these;
+*oracle* the best of each question, as the published code reports. Label-free are two constants, 10
+for questions about a concept and 1 for those about a whole picture, the same for all methods and
+benchmarks; they were settled by looking at records of `emoji`, `faces` and `lds` (docs/damping.md),
+so the blind column is the disjoint one. lambda is in units of the rows' mean squared length.
 """
 
 
@@ -131,11 +131,14 @@ def plot_lambda(
     table: pa.Table, cells: Sequence[Cell], metrics: Mapping[str, str], path: Path
 ) -> None:
     """The mean of each method against lambda; a dot marks the label-free one."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * len(metrics), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
     lines = curves(table, metrics)
+    for axis in axes:
+        axis.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])  # usual are ten
     for axis, (concept, metric) in zip(axes, metrics.items(), strict=True):
         for cell in (c for c in cells if c.concept == concept):
             if (points := lines.get((cell.method, concept))) is None:
