@@ -120,6 +120,14 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="the same over |K^-1 g|: a row that is long to every question ranks high for none",
     ),
+    "headwater-standard": Definition(
+        method="dtrak",
+        scaling="timestep",
+        query="contrast",
+        similarity="standard",
+        source="ours",
+        why="the same over how far a row's scores scatter over questions like the corpus",
+    ),
     "headwater-effect": Definition(
         method="dtrak",
         scaling="timestep",

@@ -65,7 +65,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.mark.parametrize("rows", [9, 40])
 @pytest.mark.parametrize(
     ("similarity", "preconditioning"),
-    [*itertools.product(("ip", "cosine"), ("none", "query")), ("relative", "query")],
+    [
+        *itertools.product(("ip", "cosine"), ("none", "query")),
+        ("relative", "query"),
+        ("standard", "query"),
+    ],
 )
 def test_scores_equal_dense_float64_algebra(
     rows: int, similarity: str, preconditioning: str
@@ -86,6 +90,9 @@ def test_scores_equal_dense_float64_algebra(
             expected /= phi.norm(dim=1, keepdim=True)
         elif similarity == "relative":
             expected /= (phi @ inverse).norm(dim=1, keepdim=True)
+        elif similarity == "standard":
+            kind = phi @ inverse @ phi.mT  # scores of every row for every row
+            expected /= kind.square().mean(dim=1, keepdim=True).sqrt()
         expected *= weights.double()[:, None]
         torch.testing.assert_close(answers.scores(damping).double(), expected, rtol=1e-4, atol=1e-5)
 
