@@ -112,14 +112,6 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="what the concept's words change in the picture's own row",
     ),
-    "headwater-relative": Definition(
-        method="dtrak",
-        scaling="timestep",
-        query="contrast",
-        similarity="relative",
-        source="ours",
-        why="the same over |K^-1 g|: a row that is long to every question ranks high for none",
-    ),
     "headwater-standard": Definition(
         method="dtrak",
         scaling="timestep",
@@ -127,6 +119,14 @@ METHODS_TABLE: dict[str, Definition] = {
         similarity="standard",
         source="ours",
         why="the same over how far a row's scores scatter over questions like the corpus",
+    ),
+    "headwater-relative": Definition(
+        method="dtrak",
+        scaling="timestep",
+        query="contrast",
+        similarity="relative",
+        source="ours",
+        why="the same over |K^-1 g|: a row that is long to every question ranks high for none",
     ),
     "headwater-effect": Definition(
         method="dtrak",

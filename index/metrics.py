@@ -21,8 +21,9 @@ the place of its second-moment matrix), so that its inner product is that of `qu
 symmetric and <K^-1/2 q, K^-1/2 phi> = <K^-1 q, phi>. Its cosine is not: it takes out the length of
 a row as the curvature sees it.
 
-`relative` is Relative-IF (Barshan et al. 2020), the influence for a step in weights of unit length; Renorm-IF (Hammoudeh and
-Lowd 2022), <K_lambda^-1 q, phi> / |phi|, is the cosine of `query` up to one factor per query.
+`relative` is Relative-IF (Barshan et al. 2020), the influence for a step in weights of unit length;
+Renorm-IF (Hammoudeh and Lowd 2022), <K_lambda^-1 q, phi> / |phi|, is the cosine of `query` up to
+one factor per query.
 
 `standard` counts a score in standard deviations of the row's own scores. Over queries of mean zero
 whose second moment is that of the rows, K / rows, <K_lambda^-1 q, phi> has the standard deviation
