@@ -112,6 +112,14 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="what the concept's words change in the picture's own row",
     ),
+    "headwater-standard": Definition(
+        method="dtrak",
+        scaling="timestep",
+        query="contrast",
+        similarity="standard",
+        source="ours",
+        why="the same over how far a row's scores scatter over questions like the corpus",
+    ),
     "headwater-relative": Definition(
         method="dtrak",
         scaling="timestep",

@@ -76,7 +76,7 @@ class Configuration:
     name: str
     recipe: Recipe
     query: str = "contrast"  # one of headwater.queries' kinds, or "effect": contrast with `alone`
-    similarity: str = "ip"  # or "cosine" (Renorm-IF), "relative" (Relative-IF)
+    similarity: str = "ip"  # or "cosine" (Renorm-IF), "relative" (Relative-IF), "standard"
     preconditioning: str = "query"  # or "none"
     source: str = ""
 
@@ -247,7 +247,19 @@ class Answers:
         elif config.similarity == "relative":
             inverse = self.curvature.precondition(self.features, damping)
             scale = scale / _positive(inverse.norm(dim=1).to(scale))
+        elif config.similarity == "standard":
+            scale = scale / _positive(self._deviations(damping).to(scale))
         return scores * scale[:, None]
+
+    def _deviations(self, damping: float) -> Tensor:
+        """sqrt(phi^T K_lambda^-1 K K_lambda^-1 phi / N) of every row: [N] float64."""
+        inverse = self.curvature.precondition(self.features, damping)
+        features = self.features.to(inverse)
+        whole = torch.einsum("nd,nd->n", features, inverse)
+        damped = damping * self.curvature.scale * inverse.square().sum(dim=1)
+        seen = whole - damped  # K = K_lambda - lambda I
+        seen = seen.where(seen > 1e-12 * whole, 0)  # the rest is rounding
+        return (seen / self.curvature.rows).sqrt()
 
 
 def _positive(lengths: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ def query(
         bool, typer.Option("--exact", help="Every row, also of a large index.")
     ] = False,
     where: Where = None,
-    similarity: Annotated[str, typer.Option(help="ip, cosine or relative.")] = "ip",
+    similarity: Annotated[str, typer.Option(help="ip, cosine, relative or standard.")] = "ip",
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[
         float | None, typer.Option(help="Lambda / mean squared row; unset: by method.")

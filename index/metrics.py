@@ -1,7 +1,7 @@
 """Which score a search ranks by, reduced to score_i = scale_i <unit row i, query>.
 
 K = Phi^T Phi is the curvature of the rows phi_i = norm_i unit_i, K_lambda = K + lambda I, w_i the
-row weight of the method. Seven names, one scale per row and one vector per query:
+row weight of the method. Eight names, one scale per row and one vector per query:
 
 similarity  preconditioning  score                                      scale_i        query
 ip          none             w <q, phi>                                 w norm         q
@@ -11,14 +11,26 @@ cosine      none             w cos(q, phi)                              w       
 cosine      query            w cos(K_lambda^-1 q, phi)                  w              K_lambda^-1 q, length 1
 cosine      both             w cos(K_lambda^-1/2 q, K_lambda^-1/2 phi)  w / |unit|_K   K_lambda^-1 q / |q|_K
 relative    query            w <K_lambda^-1 q, phi> / |K_lambda^-1 phi| w / |unit|_KK  K_lambda^-1 q
+standard    query            w <K_lambda^-1 q, phi> / deviation(phi)    w / |unit|_S   K_lambda^-1 q
 
-with |x|_K = sqrt(x^T K_lambda^-1 x) and |x|_KK = |K_lambda^-1 x|; elsewhere the length of a row is
-its norm as it was before rounding to half precision. `both` multiplies either side by the symmetric inverse root
-(TrackStar, Chang et al. 2024, with K in the place of its second-moment matrix), so that its inner
-product is that of `query`: K^-1/2 is symmetric and <K^-1/2 q, K^-1/2 phi> = <K^-1 q, phi>. Its
-cosine is not: it takes out the length of a row as the curvature sees it. `relative` is Relative-IF
-(Barshan et al. 2020), the influence for a step in weights of unit length; Renorm-IF (Hammoudeh and
-Lowd 2022), <K_lambda^-1 q, phi> / |phi|, is the cosine of `query` up to one factor per query.
+with |x|_K = sqrt(x^T K_lambda^-1 x), |x|_KK = |K_lambda^-1 x| and |x|_S = deviation(x) below;
+elsewhere the length of a row is its norm as it was before rounding to half precision.
+
+`both` multiplies either side by the symmetric inverse root (TrackStar, Chang et al. 2024, with K in
+the place of its second-moment matrix), so that its inner product is that of `query`: K^-1/2 is
+symmetric and <K^-1/2 q, K^-1/2 phi> = <K^-1 q, phi>. Its cosine is not: it takes out the length of
+a row as the curvature sees it.
+
+`relative` is Relative-IF (Barshan et al. 2020), the influence for a step in weights of unit length;
+Renorm-IF (Hammoudeh and Lowd 2022), <K_lambda^-1 q, phi> / |phi|, is the cosine of `query` up to
+one factor per query.
+
+`standard` counts a score in standard deviations of the row's own scores. Over queries of mean zero
+whose second moment is that of the rows, K / rows, <K_lambda^-1 q, phi> has the standard deviation
+deviation(phi) = sqrt(phi^T K_lambda^-1 K K_lambda^-1 phi / rows). A row that scores high for any
+question of the corpus's kind (a hub) gains nothing from it. Queries without a preferred direction
+would give `relative`, up to one factor, and queries of second moment K_lambda the cosine of `both`.
+
 lambda is `damping` times the mean squared length of a row, trace(K) / rows.
 """  # noqa: E501
 
@@ -39,8 +51,10 @@ from .rows import Float32
 
 Float64 = npt.NDArray[np.float64]
 _log = logging.getLogger(__name__)
-SIMILARITIES = ("ip", "cosine", "relative")
+SIMILARITIES = ("ip", "cosine", "relative", "standard")
 PRECONDITIONING = ("none", "query", "both")
+_DIVIDED = {"relative": "2", "standard": "standard"}  # a preconditioned score, by these lengths
+_ROUNDING = 1e-12  # of a row's squared length: less of it in the eigenvectors is rounding
 _BLOCK_ROWS = 2048
 
 
@@ -60,10 +74,11 @@ class Metric:
         ):
             if value not in names:
                 raise IndexStoreError(f"{what} {value!r} is unknown; choose {', '.join(names)}")
-        if self.similarity == "relative" and self.preconditioning != "query":
+        if self.similarity in _DIVIDED and self.preconditioning != "query":
             raise IndexStoreError(
-                f"similarity 'relative' divides a preconditioned score, and preconditioning is "
-                f"{self.preconditioning!r}; choose preconditioning 'query', or similarity 'cosine'"
+                f"similarity {self.similarity!r} divides a preconditioned score, and "
+                f"preconditioning is {self.preconditioning!r}; "
+                "choose preconditioning 'query', or similarity 'cosine'"
             )
         if not 0 < self.damping < np.inf:
             raise IndexStoreError(f"damping is {self.damping}; it must be positive and finite")
@@ -96,8 +111,7 @@ def row_scale(index: StoredIndex, metric: Metric) -> Float32:
         return index.norms * index.weights
     if metric.similarity == "cosine" and metric.preconditioning != "both":
         return index.weights
-    power = 2 if metric.similarity == "relative" else 1
-    lengths = _curved_lengths(index, metric.damping, power)
+    lengths = _curved_lengths(index, metric.damping, _DIVIDED.get(metric.similarity, "1"))
     safe = np.where(lengths > 0, lengths, np.inf)
     return (index.weights / safe).astype(np.float32)
 
@@ -139,23 +153,42 @@ class Curvature:
     def lengths(self, units: npt.NDArray[np.float16], damping: float, power: int = 1) -> Float64:
         """Return sqrt(x^T K_lambda^-power x) for rows x [n, dim]: |x|_K, and with 2, |x|_KK."""
         lam, damped = self.damped(damping)
-        rows = units.astype(np.float64)
-        along = rows @ self.eigenvectors
-        np.square(along, out=along)
-        outside = np.einsum("nd,nd->n", rows, rows) - along.sum(axis=1)
+        along, squares = self._along(units)
+        outside = squares - along.sum(axis=1)
         lengths: Float64 = np.sqrt(along @ damped**-power + np.maximum(outside, 0) / lam**power)
         return lengths
 
+    def deviations(self, units: npt.NDArray[np.float16], damping: float) -> Float64:
+        """Return sqrt(x^T K_lambda^-1 K K_lambda^-1 x / rows) for rows x [n, dim]: |x|_S.
 
-def _curved_lengths(index: StoredIndex, damping: float, power: int) -> Float64:
-    """`Curvature.lengths` of all unit rows, kept beside the accelerators: each costs dim^2."""
-    key = hashlib.sha256(f"curved lengths {power} {damping!r}".encode())
+        0 for a row outside of the eigenvectors, whose scores for such queries are all 0.
+        """
+        _, damped = self.damped(damping)
+        along, squares = self._along(units)
+        variances = along @ (self.eigenvalues / damped**2) / self.rows
+        seen = along.sum(axis=1) > _ROUNDING * squares
+        deviations: Float64 = np.sqrt(np.where(seen, variances, 0))
+        return deviations
+
+    def _along(self, units: npt.NDArray[np.float16]) -> tuple[Float64, Float64]:
+        """Squares of rows [n, dim] along each eigenvector [n, r], and of their lengths [n]."""
+        rows = units.astype(np.float64)
+        along = rows @ self.eigenvectors
+        return np.square(along, out=along), np.einsum("nd,nd->n", rows, rows)
+
+
+def _curved_lengths(index: StoredIndex, damping: float, kind: str) -> Float64:
+    """Lengths of all unit rows, kept beside the accelerators, as each costs dim^2.
+
+    `kind`: "1" or "2", the power of `Curvature.lengths`, or "standard", `Curvature.deviations`.
+    """
+    key = hashlib.sha256(f"curved lengths {kind} {damping!r}".encode())
     for name, digest in sorted(index.manifest.files.items()):
         key.update(f"{name} {digest}\n".encode())
     for shard in index.manifest.shards:
         key.update(shard.files[f"features/{shard.name}.npy"].encode())
-    folder, kind = index.folder / derived.FOLDER / index.caches, f"lengths-{power}-{damping!r}"
-    path = folder / f"{kind}-{key.hexdigest()[:16]}.npy"
+    folder, known = index.folder / derived.FOLDER / index.caches, f"lengths-{kind}-{damping!r}"
+    path = folder / f"{known}-{key.hexdigest()[:16]}.npy"
     try:
         if derived.whole(index.folder, path):
             stored: Float64 = np.load(path, allow_pickle=False)
@@ -167,13 +200,16 @@ def _curved_lengths(index: StoredIndex, damping: float, power: int) -> Float64:
     curvature = Curvature.of(index)
     everything = np.arange(index.manifest.rows, dtype=np.int64)
     pieces = [
-        curvature.lengths(u, damping, power) for _, u in index.unit_blocks(everything, _BLOCK_ROWS)
+        curvature.deviations(units, damping)
+        if kind == "standard"
+        else curvature.lengths(units, damping, int(kind))
+        for _, units in index.unit_blocks(everything, _BLOCK_ROWS)
     ]
     lengths = np.concatenate(pieces)
     try:
         derived.keep(index.folder, path, partial(np.save, arr=lengths, allow_pickle=False))
         former = (index.folder / derived.FOLDER).glob("lengths-*.npy")  # no code reads these now
-        for other in (*folder.glob(f"{kind}-*.npy"), *former):
+        for other in (*folder.glob(f"{known}-*.npy"), *former):
             if other != path:  # of the rows as they were
                 derived.remove(index.folder, other)
     except OSError as error:

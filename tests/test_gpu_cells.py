@@ -40,7 +40,7 @@ METRICS = [
     Metric(similarity, preconditioning)
     for similarity in ("ip", "cosine")
     for preconditioning in ("none", "query", "both")
-]
+] + [Metric(similarity, "query") for similarity in ("relative", "standard")]
 NO_GPU = pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it")
 GROUPS = np.random.default_rng(99).standard_normal((40, DIM)) * np.geomspace(1, 0.05, DIM)
 Rows = npt.NDArray[np.float32]

@@ -99,6 +99,7 @@ def recall(exact: tuple[Any, Any], found: tuple[Any, Any]) -> float:
         Metric("ip", "none"),
         Metric("cosine", "query"),
         Metric("relative", "query"),
+        Metric("standard", "query"),
     ],
 )
 def test_finds_what_exact_search_finds(folder: Path, metric: Metric, largest: bool) -> None:

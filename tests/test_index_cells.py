@@ -31,6 +31,7 @@ from headwater.queries.ask import _told
 DIM, N, SHARD, CELLS = 128, 6000, 500, 32
 METRIC = Metric("ip", "query")
 METRICS = [Metric(s, p) for s in ("ip", "cosine") for p in ("none", "query", "both")]
+METRICS += [Metric(s, "query") for s in ("relative", "standard")]
 GROUPS = np.random.default_rng(99).standard_normal((40, DIM))
 Rows = npt.NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""Seven metrics equal a dense float64 reference, on the processor and on a GPU if FAISS has one."""
+"""Eight metrics equal a dense float64 reference, on the processor and on a GPU if FAISS has one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METRICS = [
     Metric(similarity, preconditioning, damping=0.5)
     for similarity in ("ip", "cosine")
     for preconditioning in ("none", "query", "both")
-] + [Metric("relative", "query", damping=0.5)]
+] + [Metric(similarity, "query", damping=0.5) for similarity in ("relative", "standard")]
 ON_GPU = pytest.param(
     True,
     marks=pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it"),
@@ -113,6 +113,10 @@ def reference(index: StoredIndex, queries: Float64, metric: Metric) -> Float64:
     if metric.similarity == "relative":
         solved = phi @ np.linalg.inv(gram + lam * np.eye(len(gram)))
         right = right / np.maximum(np.linalg.norm(solved, axis=1), 1e-300)[:, None]
+    if metric.similarity == "standard":
+        solved = phi @ np.linalg.inv(gram + lam * np.eye(len(gram)))
+        variances = np.einsum("nd,de,ne->n", solved, gram / phi.any(axis=1).sum(), solved)
+        right = right / np.sqrt(np.maximum(variances, 1e-300))[:, None]
     return np.asarray((left @ right.T) * weights)
 
 
@@ -215,6 +219,31 @@ def test_both_sides_under_an_inner_product_rank_as_one(index: StoredIndex) -> No
     assert np.argsort(cosine).tolist() != np.argsort(one).tolist()
 
 
+@pytest.mark.parametrize("damping", [0.01, 10.0])
+def test_standard_scores_of_the_rows_themselves_have_deviation_one(
+    index: StoredIndex, damping: float
+) -> None:
+    """Asked with every row and its negative, each row scores 0 on average and scatters by 1."""
+    units = np.concatenate([index.features(s).astype(np.float64) for s in index.manifest.shards])
+    rows = (units * index.norms[:, None])[index.ok_positions]
+    vectors, scale = prepare(index, rows, Metric("standard", "query", damping))
+    found = vectors @ units.T * (scale / index.weights)
+    spread = np.sqrt(np.square(found).mean(axis=0))
+    np.testing.assert_allclose(spread[index.ok_positions], 1, rtol=1e-5)
+    assert not scale[list(BAD)].any()
+
+
+def test_a_row_outside_of_the_curvature_has_no_deviation() -> None:
+    """As one that was taken out of it may be: what is left of it there is rounding."""
+    turned = np.linalg.qr(np.random.default_rng(0).standard_normal((DIM, DIM)))[0]
+    curvature = Curvature(np.geomspace(1, 1e-6, RANK), turned[:, :RANK], N)
+    rows = np.stack([*turned.T, np.zeros(DIM)])
+    assert ((rows[RANK:DIM] @ curvature.eigenvectors) != 0).any()
+    found = curvature.deviations(rows, 0.5)
+    assert (found[:RANK] > 0).all()
+    assert not found[RANK:].any()
+
+
 def test_solve_is_what_attribution_computes(index: StoredIndex) -> None:
     import torch
 
@@ -246,19 +275,23 @@ def test_lengths_are_kept_and_made_again_when_damaged(
     derived.keep(index.folder, path, lambda file: np.save(file, np.ones(3)))
     np.testing.assert_array_equal(row_scale(index, metric), first)
     assert "damaged" in caplog.text
-    for other in (Metric("cosine", "both", damping=7.0), Metric("relative", "query")):
+    for other in (
+        Metric("cosine", "both", damping=7.0),
+        Metric("relative", "query", damping=10.0),
+        Metric("standard", "query", damping=10.0),
+    ):
         assert (row_scale(index, other) != first).any()
     # Of an index that was changed, only the lengths as they are now stay.
     kept = set((tmp_path / "idx" / "faiss").rglob("lengths-*.npy"))
-    assert len(kept) == 3
+    assert len(kept) == 4
     with IndexWriter.open(tmp_path / "idx") as writer:
         writer.write_tombstones(np.array([1]))
         writer.finish(event="delete")
     row_scale(StoredIndex.open(tmp_path / "idx"), metric)
     now = set((tmp_path / "idx" / "faiss").rglob("lengths-*.npy"))
-    assert len(now) == 3
+    assert len(now) == 4
     assert path not in now
-    assert len(kept & now) == 2  # of the other damping and the other kind
+    assert len(kept & now) == 3  # of the other damping and the other kinds
 
 
 def test_lengths_where_they_formerly_stood_are_removed(tmp_path: Path) -> None:
@@ -289,9 +322,13 @@ def test_lengths_are_not_read_or_written_through_a_link(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Metric("dot"), "similarity 'dot' is unknown; choose ip, cosine, relative"),
+        (
+            lambda: Metric("dot"),
+            "similarity 'dot' is unknown; choose ip, cosine, relative, standard",
+        ),
         (lambda: Metric("relative", "both"), "preconditioning is 'both'; choose .* 'query'"),
         (lambda: Metric("relative"), "preconditioning is 'none'; choose .* 'query'"),
+        (lambda: Metric("standard", "both"), "'standard' divides .* choose .* 'query'"),
         (lambda: Metric("ip", "rows"), "choose none, query, both"),
         (lambda: Metric(damping=0.0), "damping is 0.0"),
         (lambda: Metric(damping=float("nan")), "damping is nan"),

@@ -287,7 +287,7 @@ def test_a_field_that_old_indexes_lack_changes_nothing_at_its_default(model: Mod
 def test_raw_rows_through_the_command_line(
     headwater: Command, tmp_path: Path, corpus: Path, model_folder: Path
 ) -> None:
-    """TRAK, Journey-TRAK and Relative-IF on one index of raw gradients, against dense float64."""
+    """TRAK, Journey-TRAK, Relative-IF, standard scores of raw gradients, against dense float64."""
     folder, model = tmp_path / "i", Model.from_pretrained(model_folder, device="cpu")
     small = ("--timesteps", 2, "--dim", 256, "--quiet", "--device", "cpu")
     words = ("ingest", corpus, "--model", model_folder, "--out", folder, "--method", "dsm")
@@ -301,9 +301,14 @@ def test_raw_rows_through_the_command_line(
     norms = stored.items()["row_norm"].to_numpy()
     assert norms.std() > 0.01 * norms.mean()
     k = phi.T @ phi
-    inverse = np.linalg.inv(k + 3.0 * np.trace(k) / len(phi) * np.eye(len(k)))
+    inverse = np.linalg.inv(k + 1.0 * np.trace(k) / len(phi) * np.eye(len(k)))
     ids = stored.items()["item_id"].to_pylist()
-    for method, similarity in (("image", "ip"), ("image", "relative"), ("journey", "ip")):
+    for method, similarity in (
+        ("image", "ip"),
+        ("image", "relative"),
+        ("image", "standard"),
+        ("journey", "ip"),
+    ):
         asked = ("--method", method, "--similarity", similarity, "--json", tmp_path / "r")
         code, _, err = headwater(
             "query", folder, "--model", model_folder, "--prompt", "a red cat",
@@ -327,6 +332,8 @@ def test_raw_rows_through_the_command_line(
         expected = phi @ solved
         if similarity == "relative":
             expected /= np.linalg.norm(phi @ inverse, axis=1)
+        elif similarity == "standard":
+            expected /= np.sqrt(np.square(phi @ inverse @ phi.T).mean(axis=1))
         by_id = dict(zip(ids, expected, strict=True))
         hits = json.loads((tmp_path / "r").read_text())["hits"]
         tolerance = 1e-3 * np.abs(expected).max()

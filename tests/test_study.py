@@ -65,7 +65,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.mark.parametrize("rows", [9, 40])
 @pytest.mark.parametrize(
     ("similarity", "preconditioning"),
-    [*itertools.product(("ip", "cosine"), ("none", "query")), ("relative", "query")],
+    [
+        *itertools.product(("ip", "cosine"), ("none", "query")),
+        ("relative", "query"),
+        ("standard", "query"),
+    ],
 )
 def test_scores_equal_dense_float64_algebra(
     rows: int, similarity: str, preconditioning: str
@@ -86,8 +90,24 @@ def test_scores_equal_dense_float64_algebra(
             expected /= phi.norm(dim=1, keepdim=True)
         elif similarity == "relative":
             expected /= (phi @ inverse).norm(dim=1, keepdim=True)
+        elif similarity == "standard":
+            kind = phi @ inverse @ phi.mT  # scores of every row for every row
+            expected /= kind.square().mean(dim=1, keepdim=True).sqrt()
         expected *= weights.double()[:, None]
         torch.testing.assert_close(answers.scores(damping).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_deviation_scores_nothing() -> None:
+    """One that is all zero, and one outside of the curvature, of which rounding alone is left."""
+    turned = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(2)))[0]
+    features = torch.cat([torch.zeros(1, 16), turned])
+    config = Configuration("x", RECIPE, similarity="standard")
+    curvature = curvature_of(turned[:9].double())
+    asked = torch.ones(1, 1, 16)
+    answers = Answers(config, features, torch.ones(17), asked, curvature, 0.7, 0.0, 0.0)
+    scores = answers.scores()[:, 0]
+    assert (scores[1:10] != 0).all()
+    assert not scores[[0, *range(10, 17)]].any()
 
 
 @pytest.mark.parametrize("kind", ["contrast", "effect", "image", "journey", "slider"])
