@@ -128,6 +128,14 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="and with the prompt's rest and without it, on average: the concept's main effect",
     ),
+    "headwater-contexts": Definition(
+        method="dtrak",
+        scaling="timestep",
+        query="contexts",
+        similarity="relative",
+        source="ours",
+        why="and in other company, on average: what concept and company make of each other cancels",
+    ),
 }
 
 

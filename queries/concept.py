@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,10 @@ class Concept:
     `alone` names the concept without the rest of the prompt: then its effect is averaged over both,
     with the rest and without it, which ranks better (attribution.rewards.contrast_rows).
 
+    `contexts` are further pairs (prompt, contrast) that say the same concept in other company:
+    "a fish by Studio B" and "a drawing by Studio B". All are asked of the same pictures, and the
+    effect is averaged over them, the own pair and, where it is given, `alone`.
+
     With `image` the question is about that picture (local), without it about the pictures that
     the model makes for the prompt (global). A `reward` defines the concept by a function instead.
     """
@@ -37,6 +43,13 @@ class Concept:
     image: str | Path | Image.Image | None = None
     reward: Reward | None = None
     alone: str = ""
+    contexts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """(with the concept, without it): the own pair, the contexts', the one without a rest."""
+        alone = ((self.alone, ""),) if self.alone else ()
+        return ((self.prompt, self.contrast), *self.contexts, *alone)
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,15 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
     """Refuse a concept that the method cannot see.
 
     Raises:
-        QueryError: equal sides of a contrast, a missing or superfluous reward, text for a model
-            that takes none.
+        QueryError: equal sides of a contrast or a context, a missing or superfluous reward, text
+            for a model that takes none.
     """
+    for pair in concept.contexts:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise QueryError(
+                f"context {pair!r} is no pair; give the concept in other company, and that "
+                "company without it: contexts=((prompt, contrast), ...)"
+            )
     if not conditional and (concept.prompt or concept.contrast):
         text = concept.prompt or concept.contrast
         raise QueryError(
@@ -118,21 +137,51 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 f"--alone {concept.alone!r} is the concept without the rest of the prompt; give "
                 "the prompt with both, and the rest as --contrast"
             )
-    elif concept.contrast or concept.alone:
-        option = "contrast" if concept.contrast else "--alone"
+        _check_contexts(concept, asking)
+    elif concept.contrast or concept.alone or concept.contexts:
+        options = {"contrast": concept.contrast, "--alone": concept.alone}
+        given = {option: repr(text) for option, text in options.items() if text}
+        option, value = next(iter(given.items()), ("--context", _shown(concept.contexts)))
         raise QueryError(
-            f"method {asking.method!r} takes no {option} ({concept.contrast or concept.alone!r} "
-            "was given); leave it out, or ask with method 'contrast'"
+            f"method {asking.method!r} takes no {option} ({value} was given); "
+            "leave it out, or ask with method 'contrast'"
         )
     if asking.method == "journey" and concept.image is not None:
         raise QueryError(
             "method 'journey' follows the path on which the model draws a picture, and a given "
             "picture has none; leave out --image, or ask with method 'image'"
         )
-    for text in (concept.prompt, concept.contrast, concept.alone):
+    for text in (text for pair in concept.pairs for text in pair):
         if text != text.encode("utf-8", "replace").decode():
             raise QueryError(f"{text!r} is no valid Unicode text; type it again")
     if (asking.method == "reward") != (concept.reward is not None):
         raise QueryError(
             "method 'reward' and Concept(reward=...) belong together: give both or neither"
         )
+
+
+def _check_contexts(concept: Concept, asking: Asking) -> None:
+    if concept.contexts and asking.method != "contrast":
+        raise QueryError(
+            f"method {asking.method!r} takes no --context ({_shown(concept.contexts)} was given); "
+            "leave it out, or ask with method 'contrast'"
+        )
+    for prompt, contrast in concept.contexts:
+        if prompt == contrast:
+            raise QueryError(
+                f"both sides of a context are {prompt!r}, so the concept between them is nothing; "
+                "leave out of its second side what you ask about"
+            )
+    counts: Counter[str] = Counter()
+    for prompt, contrast in concept.pairs:
+        counts[prompt] += 1
+        counts[contrast] -= 1
+    if not any(counts.values()):
+        raise QueryError(
+            f"the contexts take back what the prompt asks ({_shown(concept.contexts)} was given); "
+            "put the side that has the concept first"
+        )
+
+
+def _shown(contexts: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(repr(" | ".join(pair)) for pair in contexts)
