@@ -134,7 +134,7 @@ METHODS_TABLE: dict[str, Definition] = {
         query="contexts",
         similarity="relative",
         source="ours",
-        why="and in other company, on average: what concept and company make of each other cancels",
+        why="that, averaged over other company: what concept and company make of each other fades",
     ),
 }
 

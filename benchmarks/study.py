@@ -43,7 +43,7 @@ from headwater.queries import DAMPINGS
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
-# Contrasts in further pairs, and what a question does that has them.
+# Queries that are contrasts in further pairs, and what a question does that has these.
 FURTHER = {"effect": "says its concept alone", "contexts": "says its concept in other company"}
 
 

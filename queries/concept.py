@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,12 +101,7 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
         QueryError: equal sides of a contrast or a context, a missing or superfluous reward, text
             for a model that takes none.
     """
-    for pair in concept.contexts:
-        if isinstance(pair, str) or len(pair) != 2:
-            raise QueryError(
-                f"context {pair!r} is no pair; give the concept in other company, and that "
-                "company without it: contexts=((prompt, contrast), ...)"
-            )
+    _check_contexts(concept)
     if not conditional and (concept.prompt or concept.contrast):
         text = concept.prompt or concept.contrast
         raise QueryError(
@@ -127,24 +121,21 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 f"prompt and contrast are both {concept.prompt!r}, so the concept between them is "
                 "nothing (a zero gradient); leave out of --contrast what you ask about"
             )
-        if concept.alone and asking.method != "contrast":
-            raise QueryError(
-                f"method {asking.method!r} takes no --alone ({concept.alone!r} was given); "
-                "leave it out, or ask with method 'contrast'"
-            )
-        if concept.alone and not (concept.prompt and concept.contrast):
-            raise QueryError(
-                f"--alone {concept.alone!r} is the concept without the rest of the prompt; give "
-                "the prompt with both, and the rest as --contrast"
-            )
-        _check_contexts(concept, asking)
-    elif concept.contrast or concept.alone or concept.contexts:
-        options = {"contrast": concept.contrast, "--alone": concept.alone}
-        given = {option: repr(text) for option, text in options.items() if text}
-        option, value = next(iter(given.items()), ("--context", _shown(concept.contexts)))
+    if asking.method != "contrast":
+        company = ", ".join(" | ".join(pair) for pair in concept.contexts)
+        options = {"--alone": concept.alone, "--context": company}
+        if asking.method != "slider":
+            options = {"contrast": concept.contrast, **options}
+        for option, value in options.items():
+            if value:
+                raise QueryError(
+                    f"method {asking.method!r} takes no {option} ({value!r} was given); "
+                    "leave it out, or ask with method 'contrast'"
+                )
+    if concept.alone and not (concept.prompt and concept.contrast):
         raise QueryError(
-            f"method {asking.method!r} takes no {option} ({value} was given); "
-            "leave it out, or ask with method 'contrast'"
+            f"--alone {concept.alone!r} is the concept without the rest of the prompt; give "
+            "the prompt with both, and the rest as --contrast"
         )
     if asking.method == "journey" and concept.image is not None:
         raise QueryError(
@@ -160,28 +151,24 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
         )
 
 
-def _check_contexts(concept: Concept, asking: Asking) -> None:
-    if concept.contexts and asking.method != "contrast":
-        raise QueryError(
-            f"method {asking.method!r} takes no --context ({_shown(concept.contexts)} was given); "
-            "leave it out, or ask with method 'contrast'"
-        )
-    for prompt, contrast in concept.contexts:
-        if prompt == contrast:
+def _check_contexts(concept: Concept) -> None:
+    for pair in concept.contexts:
+        if isinstance(pair, str) or len(pair) != 2:
             raise QueryError(
-                f"both sides of a context are {prompt!r}, so the concept between them is nothing; "
+                f"context {pair!r} is no pair; give the concept in other company, and that "
+                "company without it: contexts=((prompt, contrast), ...)"
+            )
+        if pair[0] == pair[1]:
+            raise QueryError(
+                f"both sides of a context are {pair[0]!r}, so the concept between them is nothing; "
                 "leave out of its second side what you ask about"
             )
     counts: Counter[str] = Counter()
     for prompt, contrast in concept.pairs:
         counts[prompt] += 1
         counts[contrast] -= 1
-    if not any(counts.values()):
+    if concept.contexts and not any(counts.values()):
         raise QueryError(
-            f"the contexts take back what the prompt asks ({_shown(concept.contexts)} was given); "
+            f"the contexts take back what {concept.prompt!r} asks against {concept.contrast!r}; "
             "put the side that has the concept first"
         )
-
-
-def _shown(contexts: Sequence[tuple[str, str]]) -> str:
-    return ", ".join(repr(" | ".join(pair)) for pair in contexts)
