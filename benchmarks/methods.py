@@ -134,7 +134,7 @@ METHODS_TABLE: dict[str, Definition] = {
         query="contexts",
         similarity="relative",
         source="ours",
-        why="that, averaged over other company: what concept and company make of each other fades",
+        why="or averaged over several contexts: what concept and company make of each other fades",
     ),
 }
 

@@ -372,7 +372,7 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
     return torch.cat(parts).view(-1, seeds, dim)
 
 
-def _further(study: Study, kind: str, numbers: Sequence[int]) -> list[list[tuple[str, ...]]]:
+def _further(study: Study, kind: str, numbers: Sequence[int]) -> list[tuple[list[str], list[str]]]:
     """The pairs that the questions of these numbers are asked in beside their own, side by side."""
     asked = [question.further(kind) for question in study.questions]
     if kind in FURTHER and (not all(asked) or len(set(map(len, asked))) > 1):
@@ -380,9 +380,8 @@ def _further(study: Study, kind: str, numbers: Sequence[int]) -> list[list[tuple
             f"{study.name}: not every question {FURTHER[kind]} as often as the others; "
             "ask with contrast"
         )
-    return [
-        list(zip(*place, strict=True)) for place in zip(*(asked[i] for i in numbers), strict=True)
-    ]
+    places = zip(*(asked[i] for i in numbers), strict=True)
+    return [([has for has, _ in place], [lacks for _, lacks in place]) for place in places]
 
 
 def _names(study: Study, chosen: Sequence[int]) -> tuple[list[str], list[str]]:
