@@ -84,8 +84,7 @@ class Configuration:
 
     name: str
     recipe: Recipe
-    # One of headwater.queries' kinds; or a contrast with `alone`, "effect", or with "contexts".
-    query: str = "contrast"
+    query: str = "contrast"  # one of headwater.queries' kinds, or of FURTHER
     similarity: str = "ip"  # or "cosine" (Renorm-IF), "relative" (Relative-IF)
     preconditioning: str = "query"  # or "none"
     source: str = ""
@@ -359,15 +358,13 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
         contrasts = [study.questions[question].contrast for _, question in pairs]
         if kind == "contrast" or kind in FURTHER:
             prompts, keys = _names(study, chosen)
-            further = _further(study, kind, [question for _, question in pairs])
-            x_0 = study.pictures[chosen]
+            x_0, further = study.pictures[chosen], _further(study, kind, [q for _, q in pairs])
             parts.append(contrast_rows(engine, x_0, prompts, contrasts, keys, further))
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
             raise BenchmarkError(
-                f"query {kind!r} is unknown; choose contrast, effect, contexts, image, journey "
-                "or slider"
+                f"query {kind!r} is unknown; use contrast, effect, contexts, image, slider, journey"
             )
     return torch.cat(parts).view(-1, seeds, dim)
 
@@ -377,8 +374,7 @@ def _further(study: Study, kind: str, numbers: Sequence[int]) -> list[tuple[list
     asked = [question.further(kind) for question in study.questions]
     if kind in FURTHER and (not all(asked) or len(set(map(len, asked))) > 1):
         raise BenchmarkError(
-            f"{study.name}: not every question {FURTHER[kind]} as often as the others; "
-            "ask with contrast"
+            f"{study.name}: not every question {FURTHER[kind]} as often; ask with contrast"
         )
     places = zip(*(asked[i] for i in numbers), strict=True)
     return [([has for has, _ in place], [lacks for _, lacks in place]) for place in places]

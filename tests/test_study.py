@@ -125,7 +125,7 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
     for query, less, message in (
         ("effect", replace(first, alone=""), "says its concept alone"),
         ("contexts", replace(first, contexts=()), "says its concept in other company"),
-        ("contexts", replace(first, contexts=first.contexts[:1]), "as often as the others"),
+        ("contexts", replace(first, contexts=first.contexts[:1]), "as often; ask"),
     ):
         asked = Study("untold", study.model, study.corpus, (less, second), seeds=1, steps=6)
         with pytest.raises(ValueError, match=message):
