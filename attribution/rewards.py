@@ -8,6 +8,7 @@ s_t grad R = -(e(c) - e(c-)).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -51,28 +52,34 @@ def contrast_rows(
     prompts: Sequence[str],
     contrasts: Sequence[str],
     keys: Sequence[str],
-    alone: Sequence[str] | None = None,
+    further: Sequence[tuple[Sequence[str], Sequence[str]]] = (),
 ) -> Tensor:
     """What each prompt changes in its picture's row against its contrast, at the same x_t.
 
     J(c)^T v(c) - J(c-)^T v(c-), each scaled as the recipe says: [S, dim]. What the picture shows
     whatever the text says cancels; what remains is how the text's concept is drawn.
 
-    With the concept `alone` (the prompt without the rest), the concept's main effect in the two by
-    two design of concept and rest (Fisher 1935): the mean of what it changes with the rest,
-    prompt - contrast, and without it, alone - nothing. What concept and rest make of each other
-    cancels, which the contrast counts as the concept's.
+    With `further` pairs (prompts, contrasts), [S] texts on each side, that say the same concept in
+    other company, the mean over all pairs of what each changes: the concept's main effect (Fisher
+    1935). What concept and company make of each other averages out, which one contrast counts as
+    the concept's. The concept without company is the pair of it and the empty prompt.
+
+    Texts that stand in several pairs are heard once; those that cancel, not at all.
     """
-    others = [(contrasts, -1.0)]
-    if alone is not None:
-        others += [(alone, 1.0), ([""] * len(alone), -1.0)]
-    heard = [(engine.model.encode_prompts(texts), sign) for texts, sign in others]
+    pairs = [(prompts, contrasts), *further]
+    counts: Counter[tuple[str, ...]] = Counter()
+    for having, lacking in pairs:
+        counts[tuple(having)] += 1
+        counts[tuple(lacking)] -= 1
+    own = counts.pop(tuple(prompts))  # the points hear it already
+    heard = [(engine.model.encode_prompts(texts), n) for texts, n in counts.items() if n]
     rows = torch.zeros(len(x_0), engine.projector.dim, device=engine.model.device)
     for point in engine.points(x_0, prompts, keys):
-        rows += engine.method_gradient(point)[0]
-        for states, sign in heard:
-            rows += sign * engine.method_gradient(replace(point, states=states))[0]
-    return rows if alone is None else rows / 2
+        if own:
+            rows += own * engine.method_gradient(point)[0]
+        for states, n in heard:
+            rows += n * engine.method_gradient(replace(point, states=states))[0]
+    return rows / len(pairs)
 
 
 def journey_rows(

@@ -40,6 +40,7 @@ EMOJI = ("{a} {name} emoji in {style} style", "an emoji in {style} style", "{a} 
 SMALL = {"rows": 300, "pairs": 8, "seeds": 1, "batch": 32, "methods": [OURS], "pictured": 4}
 METRICS = {"object": "recall_at_10", "style": "precision_at_10"}
 PICTURED = (OURS, "concept-trak")  # methods whose top tens are shown
+CONTEXTS = 12  # of a question, beside its own: every other style of thirteen
 _SLICE = 512  # pictures decoded at a time
 
 
@@ -163,15 +164,35 @@ def make_study(
 def questions(
     art: pa.Table, pairs: Sequence[dict[str, Any]], wording: Sequence[str] = EMOJI
 ) -> tuple[Question, ...]:
-    """Of every pair its object, then its style."""
-    _, no_object, no_style = wording
+    """Of every pair its object, then its style.
+
+    An object's contexts are other styles, a style's are objects that are not asked about: as many
+    for both, drawn for each pair by its name.
+    """
+    full, no_object, no_style = wording
     names, styles = (np.array(art[column].to_pylist()) for column in ("name", "style"))
+    # Only captions in full say an object's article.
+    told = art.select(["name", "style", "caption"]).to_pylist()
+    objects = {row["name"]: row for row in told if row["caption"] == worded(full, row)}
+    for pair in pairs:
+        objects.pop(pair["name"], None)
+    known, looks = sorted(objects), sorted(set(styles))
+    count = min(CONTEXTS, len(known), len(looks) - 1)
     found = []
     for pair in pairs:
-        asked, picture = pair["caption"], pair["image_id"]
+        asked, picture, style = pair["caption"], pair["image_id"], pair["style"]
         styled, named = worded(no_object, pair), worded(no_style, pair)
-        found.append(Question("object", asked, styled, picture, names == pair["name"], named))
-        found.append(Question("style", asked, named, picture, styles == pair["style"], styled))
+        chance = np.random.default_rng([*picture.encode()])
+        others = chance.permutation([look for look in looks if look != style])[:count]
+        restyled = [pair | {"style": other} for other in others]
+        renamed = [objects[name] | {"style": style} for name in chance.permutation(known)[:count]]
+        of_object = tuple((worded(full, row), worded(no_object, row)) for row in restyled)
+        of_style = tuple((worded(full, row), worded(no_style, row)) for row in renamed)
+        same_object, same_style = names == pair["name"], styles == style
+        found += [
+            Question("object", asked, styled, picture, same_object, named, of_object),
+            Question("style", asked, named, picture, same_style, styled, of_style),
+        ]
     return tuple(found)
 
 

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from headwater.benchmarks.parts import NOWHERE, Parts
-from headwater.benchmarks.study import Answers, Configuration, Question, Say, Study, answer
+from headwater.benchmarks.study import (
+    FURTHER,
+    Answers,
+    Configuration,
+    Question,
+    Say,
+    Study,
+    answer,
+)
 
 TOP = 10
 # lambda in units of the rows' mean squared length: half decades around the usual 1 to 10.
@@ -101,9 +109,10 @@ def answerable(
 ) -> Iterator[Configuration]:
     """Those that the study's questions suffice for; says which do not."""
     for configuration in configurations:
-        if configuration.query == "effect" and not all(q.alone for q in study.questions):
+        query = configuration.query
+        if query in FURTHER and not all(q.further(query) for q in study.questions):
             name = f"{study.name} {configuration.name}"
-            say(f"{name}: left out, not every question says its concept alone")
+            say(f"{name}: left out, not every question {FURTHER[query]}")
         else:
             yield configuration
 

@@ -136,6 +136,14 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="and with the prompt's rest and without it, on average: the concept's main effect",
     ),
+    "headwater-contexts": Definition(
+        method="dtrak",
+        scaling="timestep",
+        query="contexts",
+        similarity="standard",
+        source="ours",
+        why="or averaged over several contexts: what concept and company make of each other fades",
+    ),
 }
 
 

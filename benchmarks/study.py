@@ -43,6 +43,8 @@ from headwater.queries import DAMPINGS
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
+# Queries that are contrasts in further pairs, and what a question does that has these.
+FURTHER = {"effect": "says its concept alone", "contexts": "says its concept in other company"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ class Question:
     picture: str  # names the picture asked about; questions with the same name share it
     truth: npt.NDArray[np.bool_]  # [N] the carriers
     alone: str = ""  # the concept without the rest of the prompt, where that can be said
+    contexts: tuple[tuple[str, str], ...] = ()  # (prompt, contrast) of it in other company
+
+    def further(self, query: str) -> tuple[tuple[str, str], ...]:
+        """The pairs (prompt, contrast) that such a query asks in beside the question's own."""
+        if query == "contexts":
+            return self.contexts
+        return ((self.alone, ""),) if query == "effect" and self.alone else ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Configuration:
 
     name: str
     recipe: Recipe
-    query: str = "contrast"  # one of headwater.queries' kinds, or "effect": contrast with `alone`
+    query: str = "contrast"  # one of headwater.queries' kinds, or of FURTHER
     similarity: str = "ip"  # or "cosine" (Renorm-IF), "relative" (Relative-IF), "standard"
     preconditioning: str = "query"  # or "none"
     source: str = ""
@@ -89,7 +98,7 @@ class Configuration:
     @property
     def damping(self) -> float:
         """The label-free lambda, in units of the rows' mean squared length: that of a query."""
-        return DAMPINGS["contrast" if self.query == "effect" else self.query]
+        return DAMPINGS["contrast" if self.query in FURTHER else self.query]
 
 
 @dataclass(frozen=True)
@@ -359,23 +368,28 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
     for pairs in _batches(everything, study.batch):
         chosen = [picture for picture, _ in pairs]
         contrasts = [study.questions[question].contrast for _, question in pairs]
-        if kind in ("contrast", "effect"):
-            alone = [study.questions[question].alone for _, question in pairs]
-            if kind == "effect" and not all(alone):
-                raise BenchmarkError(
-                    f"{study.name}: a question does not say what its concept is alone; "
-                    "ask with contrast"
-                )
+        if kind == "contrast" or kind in FURTHER:
             prompts, keys = _names(study, chosen)
-            x_0, effect = study.pictures[chosen], alone if kind == "effect" else None
-            parts.append(contrast_rows(engine, x_0, prompts, contrasts, keys, effect))
+            x_0, further = study.pictures[chosen], _further(study, kind, [q for _, q in pairs])
+            parts.append(contrast_rows(engine, x_0, prompts, contrasts, keys, further))
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
             raise BenchmarkError(
-                f"query {kind!r} is unknown; choose contrast, effect, image, journey or slider"
+                f"query {kind!r} is unknown; use contrast, effect, contexts, image, slider, journey"
             )
     return torch.cat(parts).view(-1, seeds, dim)
+
+
+def _further(study: Study, kind: str, numbers: Sequence[int]) -> list[tuple[list[str], list[str]]]:
+    """The pairs that the questions of these numbers are asked in beside their own, side by side."""
+    asked = [question.further(kind) for question in study.questions]
+    if kind in FURTHER and (not all(asked) or len(set(map(len, asked))) > 1):
+        raise BenchmarkError(
+            f"{study.name}: not every question {FURTHER[kind]} as often; ask with contrast"
+        )
+    places = zip(*(asked[i] for i in numbers), strict=True)
+    return [([has for has, _ in place], [lacks for _, lacks in place]) for place in places]
 
 
 def _names(study: Study, chosen: Sequence[int]) -> tuple[list[str], list[str]]:

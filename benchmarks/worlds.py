@@ -63,6 +63,11 @@ class World:
         """The caption that speaks of the attribute at `place` only."""
         return self.caption([value if i == place else None for i, value in enumerate(values)])
 
+    def contexts(self, values: Sequence[str], place: int) -> tuple[tuple[str, str], ...]:
+        """The value at `place` in all other company: captions that speak of it and that do not."""
+        others = [v for v in self.combinations if v[place] == values[place] and v != tuple(values)]
+        return tuple((self.caption(v), self.silent(v, place)) for v in others)
+
     def training_captions(self, values: Sequence[str]) -> list[str]:
         """What an image is shown with while a model trains, in the order of `shares`.
 
@@ -126,5 +131,6 @@ def questions(world: World, corpus: Pictures, pictures: int) -> tuple[Question, 
                 truth = np.array([shown[place] == values[place] for shown in corpus.values])
                 concept = f"{attribute}, {seen}"
                 alone, picture = world.alone(values, place), f"{prompt} {number}"
-                found.append(Question(concept, prompt, contrast, picture, truth, alone))
+                company = world.contexts(values, place)
+                found.append(Question(concept, prompt, contrast, picture, truth, alone, company))
     return tuple(found)

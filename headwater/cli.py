@@ -246,6 +246,12 @@ def query(
     alone: Annotated[
         str, typer.Option(help="The concept without the rest: its effect with and without it.")
     ] = "",
+    contexts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--context", help="The concept in other company: 'PROMPT | CONTRAST'; repeatable."
+        ),
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Ask about this picture.")] = None,
     method: Annotated[str, typer.Option(help="contrast, slider, image or journey.")] = "contrast",
     seeds: Annotated[int | None, typer.Option(help="Pictures or noise draws.")] = None,
@@ -258,7 +264,12 @@ def query(
         bool, typer.Option("--exact", help="Every row, also of a large index.")
     ] = False,
     where: Where = None,
-    similarity: Annotated[str, typer.Option(help="ip, cosine, relative or standard.")] = "ip",
+    similarity: Annotated[
+        str | None, typer.Option(help="ip (default), cosine, relative or standard.")
+    ] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="As standard scores, of twice the pictures.")
+    ] = False,
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[
         float | None, typer.Option(help="Lambda / mean squared row; unset: by method.")
@@ -284,15 +295,22 @@ def query(
         Section,
         write_report,
     )
+    from headwater.queries import QUALITY
 
-    given: dict[str, Any] = {"seeds": seeds, "damping": damping, "guidance": guidance}
+    given: dict[str, Any] = {
+        "seeds": seeds,
+        "similarity": similarity,
+        "damping": damping,
+        "guidance": guidance,
+    }
     asking = Asking(
         method=method,
         seed=seed,
-        similarity=similarity,
         preconditioning=preconditioning,
-        **{name: value for name, value in given.items() if value is not None},
+        **((QUALITY if quality else {}) | {k: v for k, v in given.items() if v is not None}),
     )
+    company = tuple(_pair(text) for text in contexts or ())
+    concept = Concept(prompt, contrast, image, alone=alone, contexts=company)
     for target in filter(None, (json_file, html_file)):
         if target.is_dir() or not target.absolute().parent.is_dir():
             raise QueryError(f"{target} cannot be written: give a file in a folder that exists")
@@ -304,7 +322,7 @@ def query(
     loaded = Model.from_pretrained(model, lora=lora, device=device, dtype=opened.recipe.dtype)
     with spinner("asking", quiet):
         result = opened.query(
-            Concept(prompt, contrast, image, alone=alone),
+            concept,
             loaded,
             asking=asking,
             where=where,
@@ -320,6 +338,18 @@ def query(
         taught = "What taught against" if bottom else "What taught"
         title = f"{taught} “{prompt}”?" if prompt else "Which training images?"
         write_report(html_file, [Section("Ranking", result)], title=title)
+
+
+def _pair(context: str) -> tuple[str, str]:
+    from headwater import QueryError
+
+    sides = context.split(" | ")
+    if len(sides) != 2:
+        raise QueryError(
+            f"--context {context!r} is no pair; write it as 'PROMPT | CONTRAST', "
+            "with one ' | ' between what has the concept and the same without it"
+        )
+    return sides[0].strip(), sides[1].strip()
 
 
 app.command()(inspect)

@@ -8,13 +8,14 @@ report.py     the answer as one HTML page
 """
 
 from .ask import Index
-from .concept import DAMPINGS, Asking, Concept
+from .concept import DAMPINGS, QUALITY, Asking, Concept
 from .errors import QueryError
 from .report import Section, write_report
 from .result import Hit, Result, write_json
 
 __all__ = [
     "DAMPINGS",
+    "QUALITY",
     "Asking",
     "Concept",
     "Hit",

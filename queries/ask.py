@@ -225,6 +225,7 @@ def _question(concept: Concept, asking: Asking, where: str | None, top: int) -> 
         "prompt": concept.prompt,
         "contrast": concept.contrast,
         "alone": concept.alone or None,
+        "contexts": [list(pair) for pair in concept.contexts],
         "image": None if picture is None else str(picture),
         "where": where,
         "top": top,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,6 +21,8 @@ from .errors import QueryError
 # one about a whole picture. Measured, see docs/damping.md.
 DAMPINGS = {"contrast": 10.0, "slider": 10.0, "image": 1.0, "journey": 1.0, "reward": 10.0}
 KINDS = tuple(DAMPINGS)
+# What asks best regardless of cost (fields of Asking); contexts of the concept gain more than both.
+QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16}
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Concept:
 
     `alone` names the concept without the rest of the prompt: then its effect is averaged over both,
     with the rest and without it, which ranks better (attribution.rewards.contrast_rows).
+
+    `contexts` are further pairs (prompt, contrast) that say the same concept in other company:
+    "a fish by Studio B" and "a drawing by Studio B". All are asked of the same pictures, and the
+    effect is averaged over them, the own pair and, where it is given, `alone`.
 
     With `image` the question is about that picture (local), without it about the pictures that
     the model makes for the prompt (global). A `reward` defines the concept by a function instead.
@@ -37,6 +45,13 @@ class Concept:
     image: str | Path | Image.Image | None = None
     reward: Reward | None = None
     alone: str = ""
+    contexts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """(with the concept, without it): the own pair, the contexts', the one without a rest."""
+        alone = ((self.alone, ""),) if self.alone else ()
+        return ((self.prompt, self.contrast), *self.contexts, *alone)
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Asking:
     guidance: float = 7.5  # of a generated picture
     # lambda in units of the rows' mean squared length; None: that of DAMPINGS, filled in at once
     damping: float | None = None
-    similarity: str = "ip"  # or "cosine", "relative": see headwater.index.metrics
+    similarity: str = "ip"  # or "cosine", "relative", "standard": see headwater.index.metrics
     preconditioning: str = "query"  # or "none", or "both" sides by K^-1/2
     batch_size: int = 16  # pictures per forward pass; changes speed, not results
 
@@ -86,9 +101,10 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
     """Refuse a concept that the method cannot see.
 
     Raises:
-        QueryError: equal sides of a contrast, a missing or superfluous reward, text for a model
-            that takes none.
+        QueryError: equal sides of a contrast or a context, a missing or superfluous reward, text
+            for a model that takes none.
     """
+    _check_contexts(concept)
     if not conditional and (concept.prompt or concept.contrast):
         text = concept.prompt or concept.contrast
         raise QueryError(
@@ -108,31 +124,54 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 f"prompt and contrast are both {concept.prompt!r}, so the concept between them is "
                 "nothing (a zero gradient); leave out of --contrast what you ask about"
             )
-        if concept.alone and asking.method != "contrast":
-            raise QueryError(
-                f"method {asking.method!r} takes no --alone ({concept.alone!r} was given); "
-                "leave it out, or ask with method 'contrast'"
-            )
-        if concept.alone and not (concept.prompt and concept.contrast):
-            raise QueryError(
-                f"--alone {concept.alone!r} is the concept without the rest of the prompt; give "
-                "the prompt with both, and the rest as --contrast"
-            )
-    elif concept.contrast or concept.alone:
-        option = "contrast" if concept.contrast else "--alone"
+    if asking.method != "contrast":
+        company = ", ".join(" | ".join(pair) for pair in concept.contexts)
+        options = {"--alone": concept.alone, "--context": company}
+        if asking.method != "slider":
+            options = {"contrast": concept.contrast, **options}
+        for option, value in options.items():
+            if value:
+                raise QueryError(
+                    f"method {asking.method!r} takes no {option} ({value!r} was given); "
+                    "leave it out, or ask with method 'contrast'"
+                )
+    if concept.alone and not (concept.prompt and concept.contrast):
         raise QueryError(
-            f"method {asking.method!r} takes no {option} ({concept.contrast or concept.alone!r} "
-            "was given); leave it out, or ask with method 'contrast'"
+            f"--alone {concept.alone!r} is the concept without the rest of the prompt; give "
+            "the prompt with both, and the rest as --contrast"
         )
     if asking.method == "journey" and concept.image is not None:
         raise QueryError(
             "method 'journey' follows the path on which the model draws a picture, and a given "
             "picture has none; leave out --image, or ask with method 'image'"
         )
-    for text in (concept.prompt, concept.contrast, concept.alone):
+    for text in (text for pair in concept.pairs for text in pair):
         if text != text.encode("utf-8", "replace").decode():
             raise QueryError(f"{text!r} is no valid Unicode text; type it again")
     if (asking.method == "reward") != (concept.reward is not None):
         raise QueryError(
             "method 'reward' and Concept(reward=...) belong together: give both or neither"
+        )
+
+
+def _check_contexts(concept: Concept) -> None:
+    for pair in concept.contexts:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise QueryError(
+                f"context {pair!r} is no pair; give the concept in other company, and that "
+                "company without it: contexts=((prompt, contrast), ...)"
+            )
+        if pair[0] == pair[1]:
+            raise QueryError(
+                f"both sides of a context are {pair[0]!r}, so the concept between them is nothing; "
+                "leave out of its second side what you ask about"
+            )
+    counts: Counter[str] = Counter()
+    for prompt, contrast in concept.pairs:
+        counts[prompt] += 1
+        counts[contrast] -= 1
+    if concept.contexts and not any(counts.values()):
+        raise QueryError(
+            f"the contexts take back what {concept.prompt!r} asks against {concept.contrast!r}; "
+            "put the side that has the concept first"
         )

@@ -38,12 +38,12 @@ def query_rows(
 ) -> tuple[Tensor, list[Image.Image]]:
     """One row per seed [S, dim] float32, and the pictures they are about: drawn, or the given."""
     model = engine.model
-    compared = (concept.contrast,) if asking.method in ("contrast", "slider") else ()
-    for text in (concept.prompt, *compared, *filter(None, [concept.alone])):
-        if reason := model.refuses(text):
-            raise QueryError(f"{reason}; ask with what it was trained on")
     if concept.alone and (reason := model.refuses("")):
         raise QueryError(f"{reason}, so it has no concept without the rest; leave out --alone")
+    compared = asking.method in ("contrast", "slider")
+    for text in [text for pair in concept.pairs for text in pair] if compared else [concept.prompt]:
+        if reason := model.refuses(text):
+            raise QueryError(f"{reason}; ask with what it was trained on")
     picture = None if concept.image is None else read_picture(concept.image)
     given = None  # [1, C, h, w]
     if picture is not None:
@@ -53,15 +53,16 @@ def query_rows(
     for start in range(0, asking.seeds, asking.batch_size):
         stop = min(start + asking.batch_size, asking.seeds)
         keys = [f"query/{asking.seed + i}" for i in range(start, stop)]
-        prompts, contrasts = [concept.prompt] * len(keys), [concept.contrast] * len(keys)
+        (prompts, contrasts), *further = (
+            ([has] * len(keys), [lacks] * len(keys)) for has, lacks in concept.pairs
+        )
         path: Iterable[Point] | None = None
         if given is None:
             x_0, path = generate(engine, prompts, keys, asking)
         else:
             x_0 = given.expand(len(keys), -1, -1, -1)
         if asking.method == "contrast":
-            alone = [concept.alone] * len(keys) if concept.alone else None
-            rows.append(contrast_rows(engine, x_0, prompts, contrasts, keys, alone))
+            rows.append(contrast_rows(engine, x_0, prompts, contrasts, keys, further))
         elif asking.method == "image":
             rows.append(image_rows(engine, x_0, prompts, keys))
         else:

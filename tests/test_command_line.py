@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from headwater import (
     build_index,
 )
 from headwater.attribution import Engine, contrast_rows, ddim_grid, generation_path, seeded_noise
-from headwater.index import StoredIndex
+from headwater.index import StoredIndex, plain_json
 from headwater.ingest.journal import Journal
 from headwater.printing import printable
 
@@ -157,6 +158,24 @@ def test_bottom_is_the_other_end_of_the_same_ranking(
     assert ([hit["score"] for hit in default] == scores) == (not metric)
 
 
+def test_quality_is_what_its_parts_ask(
+    headwater: Command, tmp_path: Path, index: Path, model_folder: Path
+) -> None:
+    words = ("--prompt", "a red cat", "--contrast", "a drawing", "--top", 5)
+    found = {}
+    for name, more in {
+        "quality": ("--quality",),
+        "parts": ("--similarity", "standard", "--seeds", 16),
+        "fewer": ("--quality", "--seeds", 2),
+    }.items():
+        options = (*words, *more, "--device", "cpu", "--json", tmp_path / name)
+        assert headwater("query", index, "--model", model_folder, *options)[0] == 0
+        found[name] = json.loads((tmp_path / name).read_text())
+    assert found["quality"]["hits"] == found["parts"]["hits"]
+    asked = found["fewer"]["question"]
+    assert (asked["similarity"], asked["seeds"]) == ("standard", 2)
+
+
 @pytest.mark.parametrize("dim", [8, 256])  # fewer dimensions than rows, and more: both forms
 def test_scores_equal_a_dense_float64_reference(
     tmp_path: Path, corpus: Path, model_folder: Path, dim: int
@@ -208,6 +227,50 @@ def test_local_question_is_about_the_given_picture(
         assert "The picture asked about" in (tmp_path / "r.html").read_text()
     orders = {name: [hit["item_id"] for hit in r["hits"]] for name, r in found.items()}
     assert orders["image"] != orders["contrast"] != orders["slider"] != orders["image"]
+
+
+def test_a_question_in_several_contexts_is_the_mean_of_its_contrasts(
+    headwater: Command, tmp_path: Path, index: Path, model_folder: Path
+) -> None:
+    picture, saved, html = (tmp_path / name for name in ("asked.png", "r.json", "r.html"))
+    picture.write_bytes(png(4))
+    code, _, err = ask(
+        headwater, index, model_folder, "--image", picture, "--prompt", "a red cat",
+        "--contrast", "a drawing", "--alone", "cat", "--context", "a blue cat | a blue drawing",
+        "--context", "the cat | ", "--top", 10, "--json", saved, "--html", html,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    result = json.loads(saved.read_text())
+    question, found = result["question"], {h["item_id"]: h["score"] for h in result["hits"]}
+    pairs = [("a blue cat", "a blue drawing"), ("the cat", "")]
+    assert question["contexts"] == [list(pair) for pair in pairs]
+    page = " ".join(html.read_text().split())
+    assert "what “a blue cat” has and “a blue drawing” has not" in page
+    assert "what “the cat” has and the empty prompt has not" in page
+
+    model, opened = Model.from_pretrained(model_folder, device="cpu"), Index(index)
+    again = Asking(**{field.name: question[field.name] for field in fields(Asking)})
+    keys = ("prompt", "contrast", "image", "alone", "contexts")
+    replayed = Concept(**{key: question[key] for key in keys})
+    repeated = opened.query(replayed, model, asking=again, top=10).as_dict()
+    assert plain_json(repeated) == result
+
+    # A score is linear in the query's row, and a given picture is the same to every pair.
+    mean = dict.fromkeys(found, 0.0)
+    for prompt, contrast in (("a red cat", "a drawing"), ("cat", ""), *pairs):
+        one = opened.query(Concept(prompt, contrast, picture), model, asking=again, top=10)
+        for hit in one.hits:
+            mean[hit.item_id] += hit.score / 4
+    largest = max(map(abs, mean.values()))
+    assert found == pytest.approx(mean, rel=0, abs=1e-4 * largest)
+
+
+def test_contexts_that_are_no_pairs_are_refused(index: Path, model_folder: Path) -> None:
+    model = Model.from_pretrained(model_folder, device="cpu")
+    for wrong in (("a cat", "a dog"), (("a cat",),)):
+        unpaired: Any = wrong
+        with pytest.raises(QueryError, match="is no pair; give the concept in other company"):
+            Index(index).query(Concept("a red cat", contexts=unpaired), model)
 
 
 def test_a_training_picture_asked_about_as_a_whole_finds_itself(
@@ -441,6 +504,15 @@ def test_out_folder_that_is_no_index_or_one_of_another_space(
         (("--prompt", "a cat", "--method", "image", "--alone", "a"), "takes no --alone"),
         (("--prompt", "a cat", "--method", "slider", "--alone", "a"), "takes no --alone"),
         (("--prompt", "a cat", "--alone", "a"), "the rest as --contrast"),
+        (("--prompt", "a cat", "--context", "a dog"), "'a dog' is no pair; write it as"),
+        (("--prompt", "a cat", "--context", "a | b | c"), "'a | b | c' is no pair"),
+        (("--prompt", "a cat", "--context", "a | a"), "both sides of a context are 'a'"),
+        (("--prompt", "a cat", "--contrast", "a", "--context", "a | a cat"), "take back"),
+        (("--context", "a cat | a"), "no concept was given"),
+        *(
+            (("--prompt", "a cat", "--method", method, "--context", "a | b"), "takes no --context")
+            for method in ("image", "journey", "slider")
+        ),
         (("--prompt", "a cat", "--device", "foo"), "--device foo cannot be used"),
         (("--prompt", "a cat", "--json", "no/such/folder/r.json"), "folder that exists"),
         (("--prompt", "a cat", "--seeds", 0), "at least 1"),

@@ -236,6 +236,49 @@ def test_variants_of_the_captions(tiny_corpus: Path) -> None:
         caption_variants.retold("loud", art, TINY, names)
 
 
+def test_contexts_are_the_concept_in_company_that_is_not_asked_about(
+    tiny_corpus: Path, tiny_study: Study
+) -> None:
+    cat, red = tiny_study.questions[:2]
+    assert cat.prompt == "a cat drawing in red style"
+    assert set(cat.contexts) == {
+        (f"a cat drawing in {style} style", f"a drawing in {style} style")
+        for style in ("blue", "studio")
+    }
+    assert set(red.contexts) == {  # neither a cat nor a dog, which are asked about
+        (f"a {name} drawing in red style", f"a {name} drawing") for name in ("fish", "house")
+    }
+    art, asked = emoji.read(tiny_corpus, 0, 2)
+    again = emoji.questions(art, asked[:1], TINY)
+    assert again[0].contexts == cat.contexts  # whoever else is asked about
+    # Where captions name nothing, nobody says which article an object has.
+    silent = art.set_column(2, "caption", pa.array([""] * len(art)))
+    assert not any(question.contexts for question in emoji.questions(silent, asked, TINY))
+
+
+def test_many_contexts_are_drawn_by_the_pair() -> None:
+    names, styles = ([f"{kind}{i}" for i in range(14)] for kind in ("n", "s"))
+    art = pa.Table.from_pylist(
+        [
+            {"name": name, "style": style, "caption": TINY[0].format(a="a", name=name, style=style)}
+            for name in names
+            for style in styles
+        ]
+    )
+    pairs = [
+        {"image_id": f"p{i}", "caption": "a n0 drawing in s0 style", "name": "n0", "style": "s0"}
+        for i in range(3)
+    ]
+    asked = emoji.questions(art, pairs, TINY)
+    assert {len(set(question.contexts)) for question in asked} == {emoji.CONTEXTS}
+    assert not any("s0" in has for question in asked[::2] for has, _ in question.contexts)
+    assert not any("n0" in has for question in asked[1::2] for has, _ in question.contexts)
+    assert len({question.contexts for question in asked}) == len(asked)
+    shuffled = art.take(np.random.default_rng(0).permutation(len(art)))
+    for one, other in zip(asked, emoji.questions(shuffled, pairs, TINY), strict=True):
+        assert one.contexts == other.contexts
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_wrong_captions_are_another_objects_in_another_style(
     tiny_corpus: Path, share: float

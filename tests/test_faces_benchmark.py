@@ -64,6 +64,14 @@ def test_the_corpus_never_shows_all_three_and_questions_ask_what_is_named() -> N
         others = [name for name in WORLD.attributes if name != attribute]
         assert attribute in question.alone
         assert not any(name in question.alone for name in others)
+        assert len({(question.prompt, question.contrast), *question.contexts}) == 4
+        for prompt, contrast in question.contexts:
+            assert {prompt, contrast} <= set(WORLD.sentences())
+            named, left = (
+                {n for n in WORLD.attributes if n in said} for said in (prompt, contrast)
+            )
+            assert named - left == {attribute}
+            assert left < named
         place = list(WORLD.attributes).index(attribute)
         assert question.truth.tolist() == [v[place] == WITH[place] for v in corpus.values]
     unseen = [q for q in asked if q.concept.endswith("unseen")]

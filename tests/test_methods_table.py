@@ -26,7 +26,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     x_0 = torch.randn(8, *model.sample_shape, generator=torch.Generator().manual_seed(0))
     captions = ("a cat drawing", "a dog drawing") * 4
     truth = np.arange(8) % 2 == 0
-    question = Question("object", "a cat drawing", "a drawing", "p", truth, "a cat")
+    company = (("a cat in red style", "a drawing in red style"), ("the cat by a dog", "by a dog"))
+    question = Question("object", "a cat drawing", "a drawing", "p", truth, "a cat", company)
     corpus = Corpus(x_0, captions, tuple(f"k{i}" for i in range(8)))
     return Study("tiny", model, corpus, (question,), seeds=2, batch=8, steps=4)
 
@@ -34,8 +35,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.mark.parametrize("name", METHODS_TABLE)
 def test_the_readme_gives_the_options_of_every_method(name: str) -> None:
     row, default = METHODS_TABLE[name], Asking()
-    if row.query == "effect":  # a contrast that is told more of the concept
-        assert f"| {name} | the defaults | `--alone TEXT --similarity relative` |" in README
+    more = {"effect": "--alone TEXT", "contexts": "--context PAIR"}.get(row.query)
+    if more is not None:  # a contrast that is told more of the concept
+        assert f"| {name} | the defaults | `{more} --similarity {row.similarity}` |" in README
         return
     ingest = {"method": row.method, "scaling": row.scaling}
     query = {

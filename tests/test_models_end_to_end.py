@@ -175,6 +175,9 @@ def test_caption_that_is_no_class_is_quarantined(tmp_path: Path) -> None:
         index.query(Concept("house", "1"), model, asking=Asking(seeds=1, steps=2), top=1)
     with pytest.raises(QueryError, match="without a class"):
         index.query(Concept("1"), model, asking=Asking(seeds=1, steps=2), top=1)
+    further = Concept("1", "2", contexts=(("3", "house"),))
+    with pytest.raises(QueryError, match="'house' is no class"):
+        index.query(further, model, asking=Asking(seeds=1, steps=2), top=1)
 
 
 def test_guidance_needs_a_class_that_is_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -61,24 +62,63 @@ def test_contrast_is_the_difference_at_the_same_points(model: Model, method: str
     assert not swapped.any()
 
 
-def test_a_main_effect_is_the_mean_of_both_contrasts(model: Model) -> None:
-    engine = engine_for(model, "dtrak")
-    alone = ["a cat", "a dog"]
-    found = contrast_rows(engine, pictures(), PROMPTS, CONTRASTS, KEYS, alone)
-    total = torch.zeros_like(found)
-    texts = ((PROMPTS, 0.5), (CONTRASTS, -0.5), (alone, 0.5), (["", ""], -0.5))
+FURTHER = (
+    (["a cat", "a dog"], ["", ""]),
+    (["a blue cat", "the fish"], ["a blue drawing"] * 2),
+    (["the cat"] * 2, CONTRASTS),  # a contrast that another pair has, too
+)
+
+
+@pytest.mark.parametrize("method", ["dtrak", "dsm"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_concept_in_several_contexts_is_the_mean_of_their_contrasts(
+    model: Model, count: int, method: str
+) -> None:
+    engine = engine_for(model, method)
+    further = FURTHER[:count]
+    found = contrast_rows(engine, pictures(), PROMPTS, CONTRASTS, KEYS, further)
+    pairs = [(PROMPTS, CONTRASTS), *further]
+    total = torch.zeros(found.shape, dtype=torch.float64)
     for point in engine.points(pictures(), PROMPTS, KEYS):
-        for said, sign in texts:
-            states, _ = engine.states(said)
-            row, norm, _ = engine.raw_gradient(
-                replace(point, states=states), engine.method.cotangent
-            )
-            total += sign * row / norm[:, None]
-    torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-5)
-    # Nothing but the concept was said: both contrasts are one.
-    same = contrast_rows(engine, pictures(), PROMPTS, ["", ""], KEYS, PROMPTS)
-    plain = contrast_rows(engine, pictures(), PROMPTS, ["", ""], KEYS)
-    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
+        for prompts, contrasts in pairs:
+            for said, sign in ((prompts, 1), (contrasts, -1)):
+                states, _ = engine.states(said)
+                row, norm, _ = engine.raw_gradient(
+                    replace(point, states=states), engine.method.cotangent
+                )
+                total += sign * (row / norm[:, None]).double() / len(pairs)
+    torch.testing.assert_close(found.double(), total, rtol=1e-4, atol=1e-6)
+
+
+def test_texts_of_several_pairs_are_heard_once_and_those_that_cancel_never(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_for(model, "dtrak")
+    heard: list[object] = []
+    gradient = Engine.method_gradient
+
+    def counted(self: Engine, point: Any) -> Any:
+        heard.append(point.states)
+        return gradient(self, point)
+
+    monkeypatch.setattr(Engine, "method_gradient", counted)
+    nothing = ["", ""]
+    plain = contrast_rows(engine, pictures(), PROMPTS, nothing, KEYS)
+    assert len(heard) == 2 * len(engine.timesteps)
+    heard.clear()
+    same = contrast_rows(engine, pictures(), PROMPTS, nothing, KEYS, [(PROMPTS, nothing)])
+    assert len(heard) == 2 * len(engine.timesteps)
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-6)
+    heard.clear()
+    # Prompt - contrast + contrast - nothing: the middle is not looked at, the rest is halved.
+    chain = contrast_rows(engine, pictures(), PROMPTS, CONTRASTS, KEYS, [(CONTRASTS, nothing)])
+    assert len(heard) == 2 * len(engine.timesteps)
+    torch.testing.assert_close(chain, plain / 2, rtol=1e-5, atol=1e-6)
+    heard.clear()
+    assert not contrast_rows(
+        engine, pictures(), PROMPTS, CONTRASTS, KEYS, [(CONTRASTS, PROMPTS)]
+    ).any()
+    assert not heard
 
 
 def test_slider_is_the_reward_of_the_prompts_likelihood_ratio(model: Model) -> None:

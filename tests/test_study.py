@@ -52,11 +52,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     corpus = Corpus(x_0, captions, tuple(f"k{i}" for i in range(12)))
     truth = {word: np.array([word in caption for caption in captions]) for word in WORDS}
     questions = tuple(
-        Question(kind, f"a {word} drawing", contrast, word, truth[word], alone)
+        Question(kind, f"a {word} drawing", contrast, word, truth[word], alone, contexts)
         for word in WORDS
-        for kind, contrast, alone in (
-            ("object", "a drawing", f"a {word}"),
-            ("style", f"a {word}", "a drawing"),
+        for kind, contrast, alone, contexts in (
+            ("object", "a drawing", f"a {word}", (("a red " + word, "red"), ("the " + word, ""))),
+            ("style", f"a {word}", "a drawing", ((f"{word} by a fish", "a fish"), ("a", word))),
         )
     )
     return Study("tiny", model, corpus, questions, seeds=2, batch=5, steps=6)
@@ -110,7 +110,7 @@ def test_a_row_without_deviation_scores_nothing() -> None:
     assert not scores[[0, *range(10, 17)]].any()
 
 
-@pytest.mark.parametrize("kind", ["contrast", "effect", "image", "journey", "slider"])
+@pytest.mark.parametrize("kind", ["contrast", "effect", "contexts", "image", "journey", "slider"])
 def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) -> None:
     engine = Engine(study.model, RECIPE)
     rows = query_rows(study, engine, kind)
@@ -123,8 +123,13 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
             if kind == "contrast":
                 one = contrast_rows(engine, x_0, [question.prompt], [question.contrast], key)
             elif kind == "effect":
-                texts = ([question.prompt], [question.contrast], key, [question.alone])
-                one = contrast_rows(engine, x_0, *texts)
+                texts = ([question.prompt], [question.contrast], key)
+                one = contrast_rows(engine, x_0, *texts, [([question.alone], [""])])
+            elif kind == "contexts":
+                pairs = ((question.prompt, question.contrast), *question.contexts)
+                one = torch.stack(
+                    [contrast_rows(engine, x_0, [has], [lacks], key) for has, lacks in pairs]
+                ).mean(0)
             elif kind == "image":
                 one = image_rows(engine, x_0, [question.prompt], key)
             elif kind == "journey":
@@ -136,10 +141,15 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
             torch.testing.assert_close(rows[number, seed], one[0], rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="'nothing' is unknown"):
         query_rows(study, engine, "nothing")
-    untold = replace(study.questions[0], alone="")
-    asked = Study("untold", study.model, study.corpus, (untold,), seeds=1, steps=6)
-    with pytest.raises(ValueError, match="does not say what its concept is alone"):
-        query_rows(asked, engine, "effect")
+    first, second, *_ = study.questions
+    for query, less, message in (
+        ("effect", replace(first, alone=""), "says its concept alone"),
+        ("contexts", replace(first, contexts=()), "says its concept in other company"),
+        ("contexts", replace(first, contexts=first.contexts[:1]), "as often; ask"),
+    ):
+        asked = Study("untold", study.model, study.corpus, (less, second), seeds=1, steps=6)
+        with pytest.raises(ValueError, match=message):
+            query_rows(asked, engine, query)
 
 
 def test_pictures_are_drawn_once_and_differ_by_seed(study: Study) -> None:
@@ -210,11 +220,16 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     by_caption = [r for r in rows if r["method"].startswith("caption") and r["concept"] == "object"]
     assert [row["recall_at_10"] for row in by_caption] == [1.0, 1.0]
     assert len(said) == len(measuring.BASELINES) + 3
-    untold = replace(study, questions=tuple(replace(q, alone="") for q in study.questions))
+    first, *others = study.questions
+    untold = replace(study, questions=(replace(first, alone="", contexts=()), *others))
     left: list[str] = []
-    effect = Configuration("effect", RECIPE, query="effect")
-    assert measure(untold, [effect], left.append, baselines={}).num_rows == 0
-    assert "left out" in left[0]
+    more = [Configuration(query, RECIPE, query=query) for query in ("effect", "contexts")]
+    assert measure(untold, more, left.append, baselines={}).num_rows == 0
+    assert [line.partition(": ")[2] for line in left] == [
+        "left out, not every question says its concept alone",
+        "left out, not every question says its concept in other company",
+    ]
+    assert [configuration.damping for configuration in more] == [methods[0].damping] * 2
     # Methods of one recipe share its rows; another recipe has its own.
     assert kept[0].features is kept[1].features
     assert not torch.equal(kept[1].features, kept[2].features)

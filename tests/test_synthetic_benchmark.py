@@ -108,6 +108,10 @@ def test_questions_and_their_truth(corpus: Pictures) -> None:
         ("shape, unseen", "a red shape", "a triangle"),
         ("colour, unseen", "a triangle", "a red shape"),
     ]
+    assert [question.contexts for question in unseen[:2]] == [
+        (("a blue triangle", "a blue shape"),),
+        (("a red circle", "a circle"),),
+    ]
     for question in asked:
         place = ("shape", "colour").index(question.concept.split(",")[0])
         wanted = question.prompt.split()[::-1][place]
