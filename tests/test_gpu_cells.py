@@ -35,12 +35,12 @@ from headwater.index.space import folder_of, only_builder
 DIM, N, SHARD, CELLS = 96, 5000, 500, 32
 BAD, DELETED = (3, 1777), (0, 2500, 4999)
 WEIGHTS = (1.0, 0.5, -1.0)
-METRIC = Metric("ip", "query")
+METRIC = Metric("ip", "query", damping=3.0)
 METRICS = [
-    Metric(similarity, preconditioning)
+    Metric(similarity, preconditioning, damping=3.0)
     for similarity in ("ip", "cosine")
     for preconditioning in ("none", "query", "both")
-] + [Metric(similarity, "query") for similarity in ("relative", "standard")]
+] + [Metric(similarity, "query", damping=3.0) for similarity in ("relative", "standard")]
 NO_GPU = pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it")
 GROUPS = np.random.default_rng(99).standard_normal((40, DIM)) * np.geomspace(1, 0.05, DIM)
 Rows = npt.NDArray[np.float32]
@@ -296,7 +296,7 @@ def test_another_metric_takes_the_place_of_the_one_before(
         return to_gpu(empty)
 
     monkeypatch.setattr(gpu, "_to_gpu", placed)
-    for metric in (METRIC, METRIC, Metric("cosine", "both")):
+    for metric in (METRIC, METRIC, Metric("cosine", "both", damping=3.0)):
         search(index, asked(), 10, metric=metric)
         held = gpu._HELD[index]
         assert isinstance(held, Inverted)

@@ -24,7 +24,7 @@ from headwater.index.whitening import Whitening
 
 faiss: Any = _faiss
 DIM, N, SHARD = 128, 6000, 500
-METRIC = Metric("ip", "query")
+METRIC = Metric("ip", "query", damping=3.0)
 
 
 def make_rows(n: int = N) -> npt.NDArray[np.float32]:

@@ -29,7 +29,7 @@ from headwater.index.metrics import prepare
 from headwater.queries.ask import _told
 
 DIM, N, SHARD, CELLS = 128, 6000, 500, 32
-METRIC = Metric("ip", "query")
+METRIC = Metric("ip", "query", damping=3.0)
 METRICS = [Metric(s, p) for s in ("ip", "cosine") for p in ("none", "query", "both")]
 METRICS += [Metric(s, "query") for s in ("relative", "standard")]
 GROUPS = np.random.default_rng(99).standard_normal((40, DIM))
@@ -215,7 +215,7 @@ def test_as_few_cells_as_suffice_by_a_slow_count(
 def test_sample_queries_are_made_of_the_rows_they_leave_out(folder: Path) -> None:
     index = StoredIndex.open(folder)
     rows = np.concatenate([block for _, block in index.blocks()]).astype(np.float64)
-    for metric in (METRIC, Metric("cosine", "both")):
+    for metric in (METRIC, Metric("cosine", "both", damping=3.0)):
         (single, of), (contrast, two) = cells._sample_queries(index, metric)
         assert (of[:, 0] == of[:, 1]).all()
         assert (two[:, 0] != two[:, 1]).all()
