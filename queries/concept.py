@@ -93,8 +93,8 @@ class Asking:
     @property
     def metric(self) -> Metric:
         """What rows are ranked by."""
-        damping = DAMPINGS[self.method] if self.damping is None else self.damping
-        return Metric(self.similarity, self.preconditioning, damping)
+        assert self.damping is not None  # filled in when this was made
+        return Metric(self.similarity, self.preconditioning, self.damping)
 
 
 def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
