@@ -18,7 +18,7 @@ from .conditions import Conditions
 from .execution import Execution, running, set_checkpointing
 from .layers import Selection, select_parameters
 from .model import Model
-from .objectives import METHODS, Cotangent, Point
+from .objectives import Cotangent, Point, method_of
 from .projection import Projector, make_projector
 from .recipe import Recipe, resolved
 from .trajectory import (
@@ -52,7 +52,7 @@ class Engine:
         self.model = model
         self.recipe = recipe = resolved(recipe, model)
         self.execution = execution or Execution()
-        self.method = METHODS[recipe.method]
+        self.method = method_of(recipe.method, recipe.seed)
         self.selection: Selection = select_parameters(model.denoiser, recipe.parameters)
         self.projector: Projector = make_projector(
             recipe.projection, slots=self.selection.slots, dim=recipe.dim, seed=recipe.seed

@@ -12,18 +12,28 @@ errors, averaged over levels (there 1,000, here those of the row). The paper squ
 code has it squared and with its sign; the sign is kept here. `das` is what Concept-TRAK compares
 with, the l1 norm of e and the training loss as weight: with `scaling="none"` to the letter, but for
 the number of levels and pixels, which is the same for every row.
+
+`probe` is ours. For v of independent random signs, E <J^T v, J'^T v> = <J, J'>: one pass estimates
+how alike two images' whole Jacobians are, the trace of their block of the neural tangent kernel
+(Hutchinson 1989), where training on one moves the output for the other. One v serves all images and
+noise levels, or nothing would remain of the estimate. The constant v of `das-mean` is such a probe
+too, the sum of outputs by which Mohamadi et al. (2206.12543) approximate the kernel; a single
+direction that is smooth and alike in every channel, it says less about the rest of the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .conditions import Conditions
+from .hashing import make_key, signs
 from .model import Model
+
+_PROBE = 7  # purpose of the key; sjlt.py, projection.py and factored.py hold the others
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Method:
     source: str
     weight: Weight | None = None  # factor of a row's score; None: 1
     against_null: bool = False  # whether a row is J^T v less the same of the empty prompt
+    drawn: Callable[[int], Cotangent] | None = None  # makes the cotangent of a recipe's seed
 
 
 def denoising(model: Model, point: Point, e: Tensor) -> Tensor:
@@ -79,6 +90,16 @@ def output_sign(model: Model, point: Point, e: Tensor) -> Tensor:
 def output_mean(model: Model, point: Point, e: Tensor) -> Tensor:
     """1 / n in every entry: the gradient of the mean of e's n entries, which has a sign."""
     return torch.full_like(e.detach(), 1 / e[0].numel())
+
+
+def output_probe(seed: int) -> Cotangent:
+    """Independent signs, the same for every sample and noise level."""
+    key = make_key(seed, _PROBE)
+
+    def cotangent(model: Model, point: Point, e: Tensor) -> Tensor:
+        return signs(0, e[0].numel(), key, e.device).view(1, *e.shape[1:]).expand_as(e)
+
+    return cotangent
 
 
 def posterior_sampling(model: Model, point: Point, e: Tensor) -> Tensor:
@@ -150,6 +171,14 @@ METHODS: dict[str, Method] = {
         source="DAS as released (2410.18639)",
         weight=residual_profile,
     ),
+    "probe": Method(
+        cotangent=output_probe(seed=0),
+        trajectory="noise",
+        loss_like=False,
+        through_input=False,
+        source="a random direction of the output (ours)",
+        drawn=output_probe,
+    ),
     "dps": Method(
         cotangent=posterior_sampling,
         trajectory="inversion",
@@ -165,3 +194,9 @@ METHODS: dict[str, Method] = {
         source="guidance vector as a training feature (ours)",
     ),
 }
+
+
+def method_of(name: str, seed: int) -> Method:
+    """A row of `METHODS`, its cotangent drawn by this seed if it is drawn."""
+    method = METHODS[name]
+    return method if method.drawn is None else replace(method, cotangent=method.drawn(seed))

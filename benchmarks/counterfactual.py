@@ -43,6 +43,16 @@ from headwater.benchmarks.runs import begin, given
 from headwater.benchmarks.study import Configuration, Question, Study, answer
 
 Scoring = Callable[[], npt.NDArray[np.float64]]  # scores [N, Q]
+METHODS = (
+    "trak",
+    "d-trak",
+    "das",
+    "concept-trak",
+    "headwater",
+    "headwater-effect",
+    "headwater-image",
+    "headwater-probe",
+)
 GATE = 0.9  # of the classifier, on pictures that it was not trained on
 SMALL = {  # a version for two cores and some minutes
     "per_pair": 6,
@@ -116,7 +126,7 @@ def run(
     steps: int = 3000,
     batch: int = 32,
     learning_rate: float = 2e-3,
-    methods: Sequence[str] = ("trak", "d-trak", "das-l1", "concept-trak", "headwater"),
+    methods: Sequence[str] = METHODS,
     parameters: str = "auto",
     dim: int = 2048,
     classifier_steps: int = 1500,

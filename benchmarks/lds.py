@@ -200,7 +200,7 @@ questions share.
 
 {bars}
 """
-OURS, RIVAL = "headwater", "d-trak"
+OURS, RIVAL = ("headwater-image", "headwater-probe", "headwater"), "d-trak"
 
 
 def bars(records: Sequence[Mapping[str, Any]]) -> str:
@@ -211,11 +211,17 @@ def bars(records: Sequence[Mapping[str, Any]]) -> str:
             means.setdefault((row["concept"], row["method"]), []).append(row["lds"])
     lines = []
     for concept in dict.fromkeys(concept for concept, _ in means):
-        ours = OURS if not concept.startswith(LOSS) else f"{OURS} (image)"
-        if (concept, ours) in means and (concept, RIVAL) in means:
-            mine, theirs = (float(np.mean(means[concept, name])) for name in (ours, RIVAL))
-            times = f", {mine / theirs:.2f} times" if theirs > 0 else ""
-            lines.append(f"- {concept}: {ours} {mine:.3f}, {RIVAL} {theirs:.3f}{times}")
+        if (concept, RIVAL) not in means:
+            continue
+        theirs = float(np.mean(means[concept, RIVAL]))
+        told = [f"{RIVAL} {theirs:.3f}"]
+        for ours in OURS:
+            if (concept, ours) in means:
+                mine = float(np.mean(means[concept, ours]))
+                times = f" ({mine / theirs:.2f} times)" if theirs > 0 else ""
+                told.append(f"{ours} {mine:.3f}{times}")
+        if len(told) > 1:
+            lines.append(f"- {concept}: {', '.join(told)}")
     return "\n".join(lines)
 
 

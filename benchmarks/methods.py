@@ -144,6 +144,20 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="or averaged over several contexts: what concept and company make of each other fades",
     ),
+    "headwater-image": Definition(
+        method="probe",
+        scaling="timestep",
+        query="image",
+        source="ours",
+        why="how alike two images' whole Jacobians are, by a random direction of the output",
+    ),
+    "headwater-probe": Definition(
+        method="probe",
+        scaling="timestep",
+        query="contrast",
+        source="ours",
+        why="what the concept's words change in such a row",
+    ),
 }
 
 

@@ -219,9 +219,11 @@ def test_ours_is_set_against_the_best_other_method_and_the_controls() -> None:
     }
     rows = [row | {"fraction": 0.1} for row in rows_of(drops)]
     drop, rise, _ = removal_record._ratios(rows)
-    assert rise.startswith("- 10% removed: our loss rise is 0.67 times (0.67 to 0.67) that of trak")
+    assert rise.startswith(
+        "- 10% removed: the loss rise by headwater is 0.67 times (0.67 to 0.67) that"
+    )
     assert drop == (
-        "- 10% removed: our drop is 2.00 times (2.00 to 2.00) that of d-trak, "
+        "- 10% removed: the drop by headwater is 2.00 times (2.00 to 2.00) that of d-trak, "
         "inf times (inf to inf) that of random, "
         "0.80 times (0.80 to 0.80) that of caption search (BM25), "
         "1.00 times (1.00 to 1.00) that of random carriers."

@@ -189,19 +189,21 @@ def test_ours_is_set_against_d_trak() -> None:
     rows = [
         {"concept": concept, "method": method, "lds": value, "label_free": free}
         for concept, method, value, free in (
-            ("loss, validation", "headwater (image)", 0.3, True),
-            ("loss, validation", "headwater (image)", 0.5, True),
-            ("loss, validation", "headwater (image)", 0.9, False),
-            ("loss, validation", "headwater", 0.9, True),
+            ("loss, validation", "headwater-image", 0.3, True),
+            ("loss, validation", "headwater-image", 0.5, True),
+            ("loss, validation", "headwater-image", 0.9, False),
+            ("loss, validation", "headwater", 0.1, True),
             ("loss, validation", "d-trak", 0.2, True),
             ("object, generated", "headwater", 0.3, True),
             ("object, generated", "d-trak", -0.2, True),
+            ("object, validation", "headwater", 0.3, True),
             ("style, generated", "d-trak", 0.2, True),
         )
     ]
     assert lds.bars(rows).splitlines() == [
-        "- loss, validation: headwater (image) 0.400, d-trak 0.200, 2.00 times",
-        "- object, generated: headwater 0.300, d-trak -0.200",
+        "- loss, validation: d-trak 0.200, headwater-image 0.400 (2.00 times), "
+        "headwater 0.100 (0.50 times)",
+        "- object, generated: d-trak -0.200, headwater 0.300",
     ]
 
 

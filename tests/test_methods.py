@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from headwater.attribution import (
     slider_rows,
 )
 from headwater.attribution.conditions import Conditions
+from headwater.attribution.hashing import make_key, signs
 from headwater.attribution.trajectory import renoised
 from headwater.index import StoredIndex
 from headwater.queries.gradients import generate
@@ -43,12 +45,15 @@ CAPTIONS = ["a red cat", "the dog in a house", "a blue drawing"]
 KEYS = ["one", "two", "three"]
 PARAMETERS = r"attn2\.to_(k|out)"  # layers with and without a bias
 
+SIGNS = signs(0, 4 * 8 * 8, make_key(0, 7)).view(4, 8, 8)  # of a recipe's seed 0
+
 # What each method differentiates, as its paper writes it: (e, eps) -> scalar.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dsm": lambda e, eps: (e - eps).square().sum() / 2,
     "dtrak": lambda e, eps: e.square().sum() / 2,
     "das": lambda e, eps: e.abs().sum(),
     "das-mean": lambda e, eps: e.mean(),
+    "probe": lambda e, eps: (e * SIGNS).sum(),
 }
 
 
@@ -109,6 +114,43 @@ def test_rows_are_sums_of_scaled_gradients_of_the_loss(
         torch.testing.assert_close(rows.features[i], expected, rtol=1e-4, atol=1e-5)
         norms = [float(torch.cat(part).norm()) for part in parts]
         assert float(rows.norms[i]) == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_probes_estimate_how_alike_whole_jacobians_are(model: Model) -> None:
+    point = next(iter(engine_for(model, "probe").points(samples(2), CAPTIONS[:2], KEYS[:2])))
+    jacobians = []
+    for i in range(2):
+        denoiser = copy.deepcopy(model.denoiser).requires_grad_(True)
+        selected = [p for name, p in denoiser.named_parameters() if re.search(PARAMETERS, name)]
+        heard = conditions(point.states, i)
+        e = denoiser(point.x_t[i : i + 1], point.t[i : i + 1], **heard).sample.flatten()
+        units = torch.eye(len(e))
+        rows = torch.autograd.grad(e, selected, units, is_grads_batched=True)
+        jacobians.append(torch.cat([row.flatten(1) for row in rows], dim=1))
+    known = float((jacobians[0] * jacobians[1]).sum())
+    found = []
+    for seed in range(400):
+        engine = engine_for(model, "probe", seed=seed)
+        v = engine.method.cotangent(model, point, torch.zeros(2, 4, 8, 8))
+        assert torch.equal(v[0], v[1])
+        assert set(v.unique().tolist()) == {-1.0, 1.0}
+        one, other = (v[0].flatten() @ jacobian for jacobian in jacobians)
+        found.append(float(one @ other))
+    error = float(np.std(found) / len(found) ** 0.5)
+    assert abs(np.mean(found) - known) < 4 * error
+    assert error < abs(known) / 4  # of the same sign, beyond doubt
+
+
+def test_probe_is_the_seeds_own_at_every_level_and_batch(model: Model) -> None:
+    one, other = engine_for(model, "probe", seed=1), engine_for(model, "probe", seed=2)
+    cotangents = [
+        engine.method.cotangent(model, point, torch.randn(len(point.t), 4, 8, 8))
+        for engine in (one, one, other)
+        for point in engine.points(samples(2), CAPTIONS[:2], KEYS[:2])
+    ]
+    assert all(torch.equal(v, cotangents[0]) for v in cotangents[:6])
+    agreement = float((cotangents[0] * cotangents[6]).mean())
+    assert abs(agreement) < 4 / 256**0.5
 
 
 def test_weight_of_das_as_released(model: Model) -> None:
