@@ -1,7 +1,8 @@
 """Measurements that can be replayed; `headwater bench NAME` runs those that ship.
 
 Methods against questions with known answers:
-study.py           questions put to a method; methods.py every method, as a setting of the engine
+study.py           questions put to a method, also in further pairs (further.py)
+methods.py         every method, as a setting of the engine
 measure.py         rankings measured, baselines; summary.py means and choices of lambda
 runs.py            a run's settings, what it is made with, what it has so far (parts.py)
 record.py          what a run leaves behind

@@ -31,6 +31,7 @@ from torch import nn
 
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.further import in_company
 from headwater.benchmarks.latent_classifier import LatentClassifier, labels_of, trained_classifier
 from headwater.benchmarks.material import Pictures, base_model, evenly, joined, material_of
 from headwater.benchmarks.measure import BASELINES, answerable
@@ -317,7 +318,7 @@ def study_of(
         "counterfactual",
         attributed,
         trained.corpus,
-        tuple(questions),
+        in_company(questions, trained.corpus),
         seeds=seeds,
         batch=256,
         replicate=replicate,

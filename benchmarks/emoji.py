@@ -27,6 +27,7 @@ from torch import Tensor
 from headwater.attribution import Model
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.further import in_company
 from headwater.benchmarks.measure import chance, measure
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.methods import configurations
@@ -157,7 +158,7 @@ def make_study(
     """Object and style of every pair, asked about the pictures that the model draws of it."""
     captions, keys = (tuple(art[column].to_pylist()) for column in ("caption", "image_id"))
     corpus = Corpus(encoded(model, art), captions, keys)
-    asked = questions(art, pairs, wording)
+    asked = in_company(questions(art, pairs, wording), corpus)
     return Study("emoji", model, corpus, asked, seeds=seeds, batch=batch)
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks import record
 from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.further import in_company
 from headwater.benchmarks.material import Material, Pictures, base_model, evenly, material_of
 from headwater.benchmarks.measure import BASELINES, answerable, wanted
 from headwater.benchmarks.methods import chosen as methods_of
@@ -290,7 +291,7 @@ def study_of(
         "lds",
         attributed,
         material.trained.corpus,
-        tuple(questions),
+        in_company(questions, material.trained.corpus),
         seeds=seeds,
         batch=256,
         given=dict(zip(pictures.keys, pictures.x_0, strict=True)),

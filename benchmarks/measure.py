@@ -17,16 +17,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from headwater.benchmarks.further import FURTHER
 from headwater.benchmarks.parts import NOWHERE, Parts
-from headwater.benchmarks.study import (
-    FURTHER,
-    Answers,
-    Configuration,
-    Question,
-    Say,
-    Study,
-    answer,
-)
+from headwater.benchmarks.study import Answers, Configuration, Question, Say, Study, answer
 
 TOP = 10
 # lambda in units of the rows' mean squared length: half decades around the usual 1 to 10.

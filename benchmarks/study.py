@@ -38,13 +38,12 @@ from headwater.attribution import (
     stretch,
 )
 from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.further import FURTHER, further_pairs
 from headwater.index import Metric
 from headwater.queries import DAMPINGS
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
-# Queries that are contrasts in further pairs, and what a question does that has these.
-FURTHER = {"effect": "says its concept alone", "contexts": "says its concept in other company"}
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,13 @@ class Question:
     truth: npt.NDArray[np.bool_]  # [N] the carriers
     alone: str = ""  # the concept without the rest of the prompt, where that can be said
     contexts: tuple[tuple[str, str], ...] = ()  # (prompt, contrast) of it in other company
+    company: tuple[tuple[str, str], ...] = ()  # the same of `alone` and captions of the corpus
 
     def further(self, query: str) -> tuple[tuple[str, str], ...]:
         """The pairs (prompt, contrast) that such a query asks in beside the question's own."""
-        if query == "contexts":
-            return self.contexts
-        return ((self.alone, ""),) if query == "effect" and self.alone else ()
+        alone = ((self.alone, ""),) if self.alone else ()
+        company = (*self.company, *alone) if self.company else ()
+        return {"effect": alone, "contexts": self.contexts, "company": company}.get(query, ())
 
 
 @dataclass(frozen=True)
@@ -370,26 +370,16 @@ def query_rows(study: Study, engine: Engine, kind: str) -> Tensor:
         contrasts = [study.questions[question].contrast for _, question in pairs]
         if kind == "contrast" or kind in FURTHER:
             prompts, keys = _names(study, chosen)
-            x_0, further = study.pictures[chosen], _further(study, kind, [q for _, q in pairs])
+            x_0, further = study.pictures[chosen], further_pairs(study, kind, [q for _, q in pairs])
             parts.append(contrast_rows(engine, x_0, prompts, contrasts, keys, further))
         elif kind == "slider":
             parts.append(slider_rows(engine, study.path(engine, chosen), contrasts))
         else:
             raise BenchmarkError(
-                f"query {kind!r} is unknown; use contrast, effect, contexts, image, slider, journey"
+                f"query {kind!r} is unknown; use contrast, {', '.join(FURTHER)}, image, slider, "
+                "journey"
             )
     return torch.cat(parts).view(-1, seeds, dim)
-
-
-def _further(study: Study, kind: str, numbers: Sequence[int]) -> list[tuple[list[str], list[str]]]:
-    """The pairs that the questions of these numbers are asked in beside their own, side by side."""
-    asked = [question.further(kind) for question in study.questions]
-    if kind in FURTHER and (not all(asked) or len(set(map(len, asked))) > 1):
-        raise BenchmarkError(
-            f"{study.name}: not every question {FURTHER[kind]} as often; ask with contrast"
-        )
-    places = zip(*(asked[i] for i in numbers), strict=True)
-    return [([has for has, _ in place], [lacks for _, lacks in place]) for place in places]
 
 
 def _names(study: Study, chosen: Sequence[int]) -> tuple[list[str], list[str]]:

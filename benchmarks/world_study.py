@@ -20,6 +20,7 @@ from headwater.attribution import Model, Recipe
 from headwater.attribution.model import DTYPES, usable_device
 from headwater.benchmarks import record, world_models
 from headwater.benchmarks.errors import BenchmarkError
+from headwater.benchmarks.further import in_company
 from headwater.benchmarks.measure import BASELINES, chance, measure
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.runs import begin, digest, given
@@ -120,11 +121,12 @@ def run_world(
     tables = []
     for replicate, folder in enumerate(folders):
         model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
+        seen = _as_seen(world, model, corpus)
         study = Study(
             name=world.name,
             model=model,
-            corpus=_as_seen(world, model, corpus),
-            questions=asked,
+            corpus=seen,
+            questions=in_company(asked, seen),
             seeds=seeds,
             batch=batch,
             replicate=cfg.seed + replicate,

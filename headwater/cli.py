@@ -252,6 +252,9 @@ def query(
             "--context", help="The concept in other company: 'PROMPT | CONTRAST'; repeatable."
         ),
     ] = None,
+    company: Annotated[
+        int | None, typer.Option(help="Say --alone beside so many captions of the corpus, too.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Ask about this picture.")] = None,
     method: Annotated[str, typer.Option(help="contrast, slider, image or journey.")] = "contrast",
     seeds: Annotated[int | None, typer.Option(help="Pictures or noise draws.")] = None,
@@ -268,7 +271,10 @@ def query(
         str | None, typer.Option(help="ip (default), cosine, relative or standard.")
     ] = None,
     quality: Annotated[
-        bool, typer.Option("--quality", help="As standard scores, of twice the pictures.")
+        bool,
+        typer.Option(
+            "--quality", help="Standard scores, twice the pictures; if --alone, --company 4."
+        ),
     ] = False,
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[
@@ -302,15 +308,17 @@ def query(
         "similarity": similarity,
         "damping": damping,
         "guidance": guidance,
+        "company": company,
     }
+    best = {k: v for k, v in QUALITY.items() if alone or k != "company"} if quality else {}
     asking = Asking(
         method=method,
         seed=seed,
         preconditioning=preconditioning,
-        **((QUALITY if quality else {}) | {k: v for k, v in given.items() if v is not None}),
+        **(best | {k: v for k, v in given.items() if v is not None}),
     )
-    company = tuple(_pair(text) for text in contexts or ())
-    concept = Concept(prompt, contrast, image, alone=alone, contexts=company)
+    pairs = tuple(_pair(text) for text in contexts or ())
+    concept = Concept(prompt, contrast, image, alone=alone, contexts=pairs)
     for target in filter(None, (json_file, html_file)):
         if target.is_dir() or not target.absolute().parent.is_dir():
             raise QueryError(f"{target} cannot be written: give a file in a folder that exists")

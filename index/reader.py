@@ -70,6 +70,15 @@ class StoredIndex:
             start += shard.items
         return pa.concat_tables(tables, promote_options="permissive").take(pa.array(places))
 
+    def searchable_items(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Stream item columns at `ok_positions`, in their order, a table for each part."""
+        start = 0
+        for shard in self.manifest.shards:
+            low, high = np.searchsorted(self.ok_positions, [start, start + shard.items])
+            table = self._items_part(shard, list(columns))
+            yield table.take(pa.array(self.ok_positions[low:high] - start))
+            start += shard.items
+
     @property
     def item_schema(self) -> pa.Schema:
         """Names and types of the item columns, from the footers of the parts."""

@@ -1,6 +1,7 @@
 """A concept -> evidence: gradients of the question, search, statistics, reports.
 
 concept.py    what is asked, and how
+company.py    captions of the corpus that a concept is said beside
 gradients.py  pictures, trajectories and query rows, seed by seed
 ask.py        an index that can be asked
 result.py     the answer: hits, roll-up, JSON
@@ -8,6 +9,7 @@ report.py     the answer as one HTML page
 """
 
 from .ask import Index
+from .company import company_of, drawn_captions
 from .concept import DAMPINGS, QUALITY, Asking, Concept
 from .errors import QueryError
 from .report import Section, write_report
@@ -23,6 +25,8 @@ __all__ = [
     "QueryError",
     "Result",
     "Section",
+    "company_of",
+    "drawn_captions",
     "write_json",
     "write_report",
 ]

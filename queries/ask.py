@@ -25,6 +25,7 @@ from headwater.attribution import (
 )
 from headwater.index import Catalog, Manifest, SearchCluster, StoredIndex, search
 
+from .company import accompanied
 from .concept import Asking, Concept, check
 from .errors import QueryError
 from .gradients import query_rows
@@ -90,7 +91,8 @@ class Index:
                 this process does.
 
         Raises:
-            QueryError: the concept is empty, or the index was made with another model or recipe.
+            QueryError: the concept is empty, the index was made with another model or recipe, or it
+                has no captions for the company that is asked for.
             IndexStoreError: no index, a bad `where`, or fewer items than `top`.
             ClusterError: actors of the cluster were lost again and again.
         """
@@ -110,6 +112,8 @@ class Index:
                 + (f" under {where!r}" if where else "")
                 + (f"; choose 1 to {available}" if available else "; widen --where")
             )
+        wanted = asking.company
+        concept, asking = self._accompanied(concept, asking, model)
         engine = Engine(model, self.recipe)
         rows, pictures = query_rows(engine, concept, asking)
         if not rows.isfinite().all():
@@ -144,11 +148,38 @@ class Index:
             feature_space_id=self.stored.manifest.feature_space_id,
             searched=available,
             agreement=agreement,
-            warnings=(*_warnings(asking, self.recipe), *_told(bottom, proposers)),
+            warnings=(
+                *_warnings(asking, self.recipe),
+                *_fewer(asking.company, wanted),
+                *_told(bottom, proposers),
+            ),
             hits=hits,
             pictures=tuple(pictures),
             thumbnails=thumbnails,
         )
+
+    def _accompanied(
+        self, concept: Concept, asking: Asking, model: Model
+    ) -> tuple[Concept, Asking]:
+        """With the company that was asked for, so that both can be saved and asked again."""
+        columns = ("item_id", "caption")
+        items = (
+            pair
+            for part in self.stored.searchable_items(columns)
+            for pair in zip(*(part[name].to_pylist() for name in columns), strict=True)
+        )
+        found, settled = accompanied(concept, asking, items)
+        if asking.company and not settled.company:
+            raise QueryError(
+                f"no item of {self.folder} has a caption to say {concept.alone!r} beside, other "
+                "than those of the question; ask with --company 0"
+            )
+        for has, _ in found.contexts[len(concept.contexts) :]:
+            if reason := model.refuses(has):
+                raise QueryError(
+                    f"{reason}: it hears no concept beside a caption; ask with --company 0"
+                )
+        return found, settled
 
     def check_model(self, model: Model, recipe: Recipe | None = None) -> None:
         """Refuse a model or a recipe whose rows could not be compared with the stored ones.
@@ -196,6 +227,14 @@ def _warnings(asking: Asking, recipe: Recipe) -> tuple[str, ...]:
             f"bottom may be exchanged; ask with a contrast, or ingest with {suited}",
         )
     return ()
+
+
+def _fewer(found: int, wanted: int) -> Iterator[str]:
+    if found < wanted:
+        yield (
+            f"the concept was asked in the company of {found} captions, not {wanted}: the index "
+            "has no more that differ from each other and from the question's words"
+        )
 
 
 def _told(bottom: bool, proposers: set[str]) -> Iterator[str]:

@@ -21,8 +21,8 @@ from .errors import QueryError
 # one about a whole picture. Measured, see docs/damping.md.
 DAMPINGS = {"contrast": 10.0, "slider": 10.0, "image": 1.0, "journey": 1.0, "reward": 10.0}
 KINDS = tuple(DAMPINGS)
-# What asks best regardless of cost (fields of Asking); contexts of the concept gain more than both.
-QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16}
+# What asks best regardless of cost (fields of Asking); `company` is for a concept said alone too.
+QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16, "company": 4}
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Asking:
     similarity: str = "ip"  # or "cosine", "relative", "standard": see headwater.index.metrics
     preconditioning: str = "query"  # or "none", or "both" sides by K^-1/2
     batch_size: int = 16  # pictures per forward pass; changes speed, not results
+    # Captions of the corpus that the concept, said alone, is asked beside: further contexts, drawn
+    # when an index is asked. Those that the concept has already count, and none is drawn for them.
+    company: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that no question can be asked with."""
@@ -83,6 +86,8 @@ class Asking:
         for name in ("seeds", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise QueryError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.company < 0:
+            raise QueryError(f"company is {self.company}; it must be at least 0")
         try:
             _ = self.metric
         except IndexStoreError as error:
@@ -101,8 +106,8 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
     """Refuse a concept that the method cannot see.
 
     Raises:
-        QueryError: equal sides of a contrast or a context, a missing or superfluous reward, text
-            for a model that takes none.
+        QueryError: equal sides of a contrast or a context, company for a concept that is not said
+            alone, a missing or superfluous reward, text for a model that takes none.
     """
     _check_contexts(concept)
     if not conditional and (concept.prompt or concept.contrast):
@@ -125,8 +130,12 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
                 "nothing (a zero gradient); leave out of --contrast what you ask about"
             )
     if asking.method != "contrast":
-        company = ", ".join(" | ".join(pair) for pair in concept.contexts)
-        options = {"--alone": concept.alone, "--context": company}
+        contexts = ", ".join(" | ".join(pair) for pair in concept.contexts)
+        options: dict[str, str | int] = {
+            "--alone": concept.alone,
+            "--context": contexts,
+            "--company": asking.company,
+        }
         if asking.method != "slider":
             options = {"contrast": concept.contrast, **options}
         for option, value in options.items():
@@ -139,6 +148,11 @@ def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:
         raise QueryError(
             f"--alone {concept.alone!r} is the concept without the rest of the prompt; give "
             "the prompt with both, and the rest as --contrast"
+        )
+    if asking.company and not concept.alone:
+        raise QueryError(
+            f"--company {asking.company} says what --alone names beside captions of the corpus; "
+            "give --alone, or leave it out"
         )
     if asking.method == "journey" and concept.image is not None:
         raise QueryError(

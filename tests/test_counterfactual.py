@@ -142,6 +142,7 @@ def test_effects_tell_the_concept_from_the_others() -> None:
 def test_removals_take_the_first_and_share_ties_by_chance(base: Model) -> None:
     trained = tiny_material.pictures()
     study = counterfactual.study_of(base, trained, KINDS, 2, 3, 1, replicate=0)
+    assert {len(question.company) for question in study.questions} == {4}
     assert [q.concept for q in study.questions] == [
         *["object cat"] * 2,  # it has two captions
         *["object fish"] * 2,

@@ -241,6 +241,7 @@ def test_contexts_are_the_concept_in_company_that_is_not_asked_about(
 ) -> None:
     cat, red = tiny_study.questions[:2]
     assert cat.prompt == "a cat drawing in red style"
+    assert {len(question.company) for question in tiny_study.questions} == {4}
     assert set(cat.contexts) == {
         (f"a cat drawing in {style} style", f"a drawing in {style} style")
         for style in ("blue", "studio")

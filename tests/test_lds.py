@@ -143,6 +143,7 @@ def test_scores_foresee_what_retraining_shows(trained: Trained) -> None:
     """Each picture's caption is its own, so that it is known well where it was seen."""
     count = len(trained.material.trained)
     study = lds.study_of(trained.attributed, trained.material, trained.asked, 1, 0)
+    assert {len(question.company) for question in study.questions} == {4}
     assert [q.concept.split(",")[0] for q in study.questions[::count]] == [
         "loss",
         "object",

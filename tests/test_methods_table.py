@@ -12,8 +12,10 @@ import torch
 
 from headwater import Asking
 from headwater.attribution import METHODS, Engine, Model, Recipe
+from headwater.benchmarks.further import in_company
 from headwater.benchmarks.methods import METHODS_TABLE, configurations
 from headwater.benchmarks.study import Corpus, Question, Study, answer
+from headwater.queries import QUALITY
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SMALL = Recipe(dim=64, timesteps=2, steps=4)
@@ -29,13 +31,18 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     company = (("a cat in red style", "a drawing in red style"), ("the cat by a dog", "by a dog"))
     question = Question("object", "a cat drawing", "a drawing", "p", truth, "a cat", company)
     corpus = Corpus(x_0, captions, tuple(f"k{i}" for i in range(8)))
-    return Study("tiny", model, corpus, (question,), seeds=2, batch=8, steps=4)
+    asked = in_company([question], corpus)
+    return Study("tiny", model, corpus, asked, seeds=2, batch=8, steps=4)
 
 
 @pytest.mark.parametrize("name", METHODS_TABLE)
 def test_the_readme_gives_the_options_of_every_method(name: str) -> None:
     row, default = METHODS_TABLE[name], Asking()
-    more = {"effect": "--alone TEXT", "contexts": "--context PAIR"}.get(row.query)
+    more = {
+        "effect": "--alone TEXT",
+        "contexts": "--context PAIR",
+        "company": f"--alone TEXT --company {QUALITY['company']}",
+    }.get(row.query)
     if more is not None:  # a contrast that is told more of the concept
         assert f"| {name} | the defaults | `{more} --similarity {row.similarity}` |" in README
         return

@@ -25,6 +25,7 @@ from headwater.attribution import (
     slider_rows,
 )
 from headwater.benchmarks import measure as measuring
+from headwater.benchmarks.further import FURTHER, in_company
 from headwater.benchmarks.measure import SCHEMA, chance, measure, ranking_metrics
 from headwater.benchmarks.record import grid, write
 from headwater.benchmarks.runs import begin
@@ -59,7 +60,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
             ("style", f"a {word}", "a drawing", ((f"{word} by a fish", "a fish"), ("a", word))),
         )
     )
-    return Study("tiny", model, corpus, questions, seeds=2, batch=5, steps=6)
+    asked = in_company(questions, corpus)
+    return Study("tiny", model, corpus, asked, seeds=2, batch=5, steps=6)
 
 
 @pytest.mark.parametrize("rows", [9, 40])
@@ -110,7 +112,10 @@ def test_a_row_without_deviation_scores_nothing() -> None:
     assert not scores[[0, *range(10, 17)]].any()
 
 
-@pytest.mark.parametrize("kind", ["contrast", "effect", "contexts", "image", "journey", "slider"])
+KINDS = ["contrast", "effect", "contexts", "company", "image", "journey", "slider"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) -> None:
     engine = Engine(study.model, RECIPE)
     rows = query_rows(study, engine, kind)
@@ -125,8 +130,10 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
             elif kind == "effect":
                 texts = ([question.prompt], [question.contrast], key)
                 one = contrast_rows(engine, x_0, *texts, [([question.alone], [""])])
-            elif kind == "contexts":
-                pairs = ((question.prompt, question.contrast), *question.contexts)
+            elif kind in ("contexts", "company"):
+                beside = (*question.company, (question.alone, ""))
+                more = question.contexts if kind == "contexts" else beside
+                pairs = ((question.prompt, question.contrast), *more)
                 one = torch.stack(
                     [contrast_rows(engine, x_0, [has], [lacks], key) for has, lacks in pairs]
                 ).mean(0)
@@ -146,6 +153,7 @@ def test_query_rows_are_those_of_each_question_alone(study: Study, kind: str) ->
         ("effect", replace(first, alone=""), "says its concept alone"),
         ("contexts", replace(first, contexts=()), "says its concept in other company"),
         ("contexts", replace(first, contexts=first.contexts[:1]), "as often; ask"),
+        ("company", replace(first, company=()), "says its concept beside captions"),
     ):
         asked = Study("untold", study.model, study.corpus, (less, second), seeds=1, steps=6)
         with pytest.raises(ValueError, match=message):
@@ -221,15 +229,17 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     assert [row["recall_at_10"] for row in by_caption] == [1.0, 1.0]
     assert len(said) == len(measuring.BASELINES) + 3
     first, *others = study.questions
-    untold = replace(study, questions=(replace(first, alone="", contexts=()), *others))
+    nothing = replace(first, alone="", contexts=(), company=())
+    untold = replace(study, questions=(nothing, *others))
     left: list[str] = []
-    more = [Configuration(query, RECIPE, query=query) for query in ("effect", "contexts")]
+    more = [Configuration(query, RECIPE, query=query) for query in FURTHER]
     assert measure(untold, more, left.append, baselines={}).num_rows == 0
     assert [line.partition(": ")[2] for line in left] == [
         "left out, not every question says its concept alone",
         "left out, not every question says its concept in other company",
+        "left out, not every question says its concept beside captions",
     ]
-    assert [configuration.damping for configuration in more] == [methods[0].damping] * 2
+    assert [configuration.damping for configuration in more] == [methods[0].damping] * 3
     # Methods of one recipe share its rows; another recipe has its own.
     assert kept[0].features is kept[1].features
     assert not torch.equal(kept[1].features, kept[2].features)
