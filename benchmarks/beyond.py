@@ -38,6 +38,7 @@ from headwater.benchmarks.study import (
     answer,
     corpus_rows,
     curvature_of,
+    damping_of,
 )
 from headwater.benchmarks.summary import Cell, interval
 
@@ -132,6 +133,9 @@ class Combined:
         """Likewise."""
         return sum({p.configuration.recipe: p.query_seconds for p in self.parts}.values())
 
+    def effective(self, damping: float) -> None:
+        """Of several curvatures or dampings there is no one dimension."""
+
     def scores(self, damping: float | None = None) -> Tensor:
         """[N, Q], as `Answers.scores`."""
         damping = self.damping if damping is None else damping
@@ -171,13 +175,14 @@ def of_pieces(
     float(asked.sum())
     query_seconds = time.perf_counter() - started
     features, rows = pieces.sum((1, 2)), asked.sum((2, 3))
+    curvature = curvature_of(features)
     base = Answers(
         default,
         features,
         torch.ones_like(losses),
         rows,
-        curvature_of(features),
-        default.damping,
+        curvature,
+        damping_of(default, curvature),
         seconds,
         query_seconds,
     )
@@ -321,7 +326,9 @@ def changed(
     )
     if features is None:
         return found
-    return replace(found, features=features, curvature=curvature_of(features))
+    curvature = curvature_of(features)
+    damping = damping_of(configuration, curvature)
+    return replace(found, features=features, curvature=curvature, damping=damping)
 
 
 def other_sides(asked: Sequence[Question]) -> list[Question]:

@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         ("picture", pa.string()),
         ("carriers", pa.int64()),
         ("damping", pa.float64()),  # null: the method has none
+        ("effective", pa.float64()),  # dimension at it / min(rows, width); null: it has none
         ("label_free", pa.bool_()),  # the ranking that the method gives unasked
         *((name, pa.float64()) for name in METRICS),
         ("top", pa.list_(pa.string())),  # keys of the first ten; null beside the label-free one
@@ -128,6 +129,7 @@ class Scored(Protocol):
     def ingest_seconds(self) -> float: ...
     @property
     def query_seconds(self) -> float: ...
+    def effective(self, damping: float) -> float | None: ...
     def scores(self, damping: float | None = None) -> Tensor: ...
 
 
@@ -143,6 +145,7 @@ def measured(
     for damping in wanted(answers, dampings):
         facts = seconds | {
             "damping": damping,
+            "effective": None if damping is None else answers.effective(damping),
             "label_free": damping is None or damping == answers.damping,
         }
         records += _records(study, answers.configuration.name, answers.scores(damping), facts)

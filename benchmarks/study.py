@@ -39,7 +39,7 @@ from headwater.attribution import (
 )
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.index import Metric
-from headwater.queries import DAMPINGS
+from headwater.queries import label_free
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
@@ -94,11 +94,6 @@ class Configuration:
         Metric(self.similarity, self.preconditioning)
         if self.preconditioning == "both":
             raise BenchmarkError("preconditioning 'both' is not measured here; choose query, none")
-
-    @property
-    def damping(self) -> float:
-        """The label-free lambda, in units of the rows' mean squared length: that of a query."""
-        return DAMPINGS["contrast" if self.query in FURTHER else self.query]
 
 
 @dataclass(frozen=True)
@@ -243,6 +238,10 @@ class Answers:
             return queries
         return self.curvature.precondition(queries, self.damping if damping is None else damping)
 
+    def effective(self, damping: float) -> float:
+        """The effective dimension at a lambda as a share of min(rows, width), from 0 to 1."""
+        return self.curvature.effective_dimension(damping) / self.curvature.directions
+
     def scores(self, damping: float | None = None) -> Tensor:
         """How much each image taught each question's concept: [N, Q] float32.
 
@@ -277,7 +276,7 @@ def _positive(lengths: Tensor) -> Tensor:
 
 
 def answer(study: Study, configuration: Configuration, ingest: Ingest | None = None) -> Answers:
-    """Compute rows, queries and curvature of one method; lambda is that of a query unasked.
+    """Compute rows, queries and curvature of one method; lambda is that of a query without one.
 
     `ingest` makes the corpus's rows, where they are not to be computed from `study.corpus`.
     """
@@ -306,10 +305,16 @@ def answer(study: Study, configuration: Configuration, ingest: Ingest | None = N
         corpus.weights,
         rows,
         corpus.curvature,
-        configuration.damping,
+        damping_of(configuration, corpus.curvature),
         corpus.seconds,
         query_seconds,
     )
+
+
+def damping_of(configuration: Configuration, curvature: Curvature) -> float:
+    """The label-free lambda of a method over rows of this curvature."""
+    query = "contrast" if configuration.query in FURTHER else configuration.query
+    return label_free(query, lambda: curvature)
 
 
 def ingested(engine: Engine, corpus: Corpus, batch: int) -> Ingested:

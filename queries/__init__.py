@@ -8,13 +8,12 @@ report.py     the answer as one HTML page
 """
 
 from .ask import Index
-from .concept import DAMPINGS, QUALITY, Asking, Concept
+from .concept import QUALITY, Asking, Concept, label_free
 from .errors import QueryError
 from .report import Section, write_report
 from .result import Hit, Result, write_json
 
 __all__ = [
-    "DAMPINGS",
     "QUALITY",
     "Asking",
     "Concept",
@@ -23,6 +22,7 @@ __all__ = [
     "QueryError",
     "Result",
     "Section",
+    "label_free",
     "write_json",
     "write_report",
 ]

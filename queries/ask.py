@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from headwater.attribution import (
     resolved,
 )
 from headwater.index import Catalog, Manifest, SearchCluster, StoredIndex, search
+from headwater.index.metrics import Curvature as StoredCurvature
 
-from .concept import Asking, Concept, check
+from .concept import Asking, Concept, check, label_free
 from .errors import QueryError
 from .gradients import query_rows
 from .result import Hit, Result
@@ -59,8 +60,12 @@ class Index:
 
     @cached_property
     def curvature(self) -> Curvature:
-        """The damped inverse of it is what queries are multiplied with."""
-        return Curvature.from_arrays(self.stored.curvature())
+        """The damped inverse of it is what queries are multiplied with.
+
+        Raises:
+            IndexStoreError: the index was written without it.
+        """
+        return Curvature.from_arrays(vars(StoredCurvature.of(self.stored)))
 
     def query(
         self,
@@ -91,7 +96,8 @@ class Index:
 
         Raises:
             QueryError: the concept is empty, or the index was made with another model or recipe.
-            IndexStoreError: no index, a bad `where`, or fewer items than `top`.
+            IndexStoreError: no index, one without the curvature that the question needs, a bad
+                `where`, or fewer items than `top`.
             ClusterError: actors of the cluster were lost again and again.
         """
         asking = asking or Asking()
@@ -110,6 +116,10 @@ class Index:
                 + (f" under {where!r}" if where else "")
                 + (f"; choose 1 to {available}" if available else "; widen --where")
             )
+        if asking.damping is None and asking.preconditioning != "none":
+            # What is saved shall replay, whatever rows are added or deleted by then.
+            damping = label_free(asking.method, lambda: self.curvature)
+            asking = replace(asking, damping=damping)
         engine = Engine(model, self.recipe)
         rows, pictures = query_rows(engine, concept, asking)
         if not rows.isfinite().all():
