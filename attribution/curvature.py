@@ -56,11 +56,6 @@ class Curvature:
         """
         return float(self.eigenvalues.sum()) / self.rows
 
-    @property
-    def directions(self) -> int:
-        """min(rows, width): as many as the rows can span."""
-        return min(self.rows, len(self.eigenvectors))
-
     def effective_dimension(self, damping: float) -> float:
         """trace K (K + lambda)^-1: how many directions are divided by K more than by lambda.
 
@@ -68,8 +63,12 @@ class Curvature:
         """
         return float((self.eigenvalues / (self.eigenvalues + damping * self.scale)).sum())
 
+    def share(self, damping: float) -> float:
+        """The effective dimension as a share of min(rows, width), what the rows can span."""
+        return self.effective_dimension(damping) / min(self.rows, len(self.eigenvectors))
+
     def damping(self, share: float) -> float:
-        """The half decade whose effective dimension is nearest in log to `share` of `directions`.
+        """The half decade whose `share` of directions is nearest to this one in log.
 
         Raises:
             ModelError: a share that is none, or rows that are all zero.
@@ -78,11 +77,7 @@ class Curvature:
             raise ModelError(f"share is {share}; it must be above 0 and at most 1")
         if not len(self.eigenvalues):
             raise ModelError("all rows are zero, so no damping suits them; ingest again")
-        wanted = share * self.directions
-        return min(
-            HALF_DECADES,
-            key=lambda damping: abs(math.log(self.effective_dimension(damping) / wanted)),
-        )
+        return min(HALF_DECADES, key=lambda damping: abs(math.log(self.share(damping) / share)))
 
     def precondition(self, queries: Tensor, damping: float) -> Tensor:
         """(K + lambda I)^-1 q for queries [Q, dim], with lambda = damping x `scale`; float64.

@@ -38,7 +38,6 @@ from headwater.benchmarks.study import (
     answer,
     corpus_rows,
     curvature_of,
-    damping_of,
 )
 from headwater.benchmarks.summary import Cell, interval
 
@@ -118,6 +117,8 @@ class Combined:
     alike: bool  # bring each part's scores to mean 0 and variance 1 over the corpus
     dampings: tuple[float, ...] = (1.0,)  # each part is taken at, in units of the one asked for
 
+    curvature = None  # there are several, or several dampings
+
     @property
     def damping(self) -> float:
         """Of a query unasked."""
@@ -132,9 +133,6 @@ class Combined:
     def query_seconds(self) -> float:
         """Likewise."""
         return sum({p.configuration.recipe: p.query_seconds for p in self.parts}.values())
-
-    def effective(self, damping: float) -> None:
-        """Of several curvatures or dampings there is no one dimension."""
 
     def scores(self, damping: float | None = None) -> Tensor:
         """[N, Q], as `Answers.scores`."""
@@ -182,7 +180,7 @@ def of_pieces(
         torch.ones_like(losses),
         rows,
         curvature,
-        damping_of(default, curvature),
+        default.damping(curvature),
         seconds,
         query_seconds,
     )
@@ -327,7 +325,7 @@ def changed(
     if features is None:
         return found
     curvature = curvature_of(features)
-    damping = damping_of(configuration, curvature)
+    damping = configuration.damping(curvature)
     return replace(found, features=features, curvature=curvature, damping=damping)
 
 

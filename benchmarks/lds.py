@@ -364,7 +364,7 @@ def scored(
             yield from rows(
                 lds(scores, halves, true),
                 damping=damping,
-                effective=None if damping is None else answers.effective(damping),
+                effective=None if damping is None else answers.curvature.share(damping),
                 label_free=damping in (None, answers.damping),
                 ingest_seconds=answers.ingest_seconds,
             )

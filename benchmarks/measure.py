@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from headwater.attribution import Curvature
 from headwater.benchmarks.parts import NOWHERE, Parts
 from headwater.benchmarks.study import (
     FURTHER,
@@ -124,12 +125,13 @@ class Scored(Protocol):
     @property
     def configuration(self) -> Configuration: ...
     @property
+    def curvature(self) -> Curvature | None: ...  # None: there are several
+    @property
     def damping(self) -> float: ...
     @property
     def ingest_seconds(self) -> float: ...
     @property
     def query_seconds(self) -> float: ...
-    def effective(self, damping: float) -> float | None: ...
     def scores(self, damping: float | None = None) -> Tensor: ...
 
 
@@ -142,10 +144,11 @@ def measured(
         "ingest_seconds": answers.ingest_seconds,
         "query_seconds": answers.query_seconds / len(study.questions),
     }
+    curvature = answers.curvature
     for damping in wanted(answers, dampings):
         facts = seconds | {
             "damping": damping,
-            "effective": None if damping is None else answers.effective(damping),
+            "effective": curvature.share(damping) if damping and curvature else None,
             "label_free": damping is None or damping == answers.damping,
         }
         records += _records(study, answers.configuration.name, answers.scores(damping), facts)

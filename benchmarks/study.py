@@ -95,6 +95,10 @@ class Configuration:
         if self.preconditioning == "both":
             raise BenchmarkError("preconditioning 'both' is not measured here; choose query, none")
 
+    def damping(self, curvature: Curvature) -> float:
+        """The label-free lambda, in units of the mean squared length of rows of this curvature."""
+        return label_free("contrast" if self.query in FURTHER else self.query, lambda: curvature)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -238,10 +242,6 @@ class Answers:
             return queries
         return self.curvature.precondition(queries, self.damping if damping is None else damping)
 
-    def effective(self, damping: float) -> float:
-        """The effective dimension at a lambda as a share of min(rows, width), from 0 to 1."""
-        return self.curvature.effective_dimension(damping) / self.curvature.directions
-
     def scores(self, damping: float | None = None) -> Tensor:
         """How much each image taught each question's concept: [N, Q] float32.
 
@@ -305,16 +305,10 @@ def answer(study: Study, configuration: Configuration, ingest: Ingest | None = N
         corpus.weights,
         rows,
         corpus.curvature,
-        damping_of(configuration, corpus.curvature),
+        configuration.damping(corpus.curvature),
         corpus.seconds,
         query_seconds,
     )
-
-
-def damping_of(configuration: Configuration, curvature: Curvature) -> float:
-    """The label-free lambda of a method over rows of this curvature."""
-    query = "contrast" if configuration.query in FURTHER else configuration.query
-    return label_free(query, lambda: curvature)
 
 
 def ingested(engine: Engine, corpus: Corpus, batch: int) -> Ingested:

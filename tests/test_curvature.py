@@ -88,10 +88,10 @@ def both_forms(features: torch.Tensor) -> list[Curvature]:
 def test_effective_dimension_equals_the_dense_trace(rows: int, dim: int) -> None:
     features = heavy_rows(rows, dim)
     for curvature in both_forms(features):
-        assert curvature.directions == min(rows, dim)
         for damping in HALF_DECADES:
             expected = dense_dimension(features, damping)
             assert curvature.effective_dimension(damping) == pytest.approx(expected, rel=1e-8)
+            assert curvature.share(damping) == pytest.approx(expected / min(rows, dim), rel=1e-8)
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(300, 40), (25, 60), (40, 40)])
