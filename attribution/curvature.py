@@ -7,6 +7,7 @@ dimensions the pairs come from the N x N matrix Phi Phi^T (the dual form).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from .errors import ModelError
 
 # Eigenvalues below this share of the largest are rounding: their term s / (s + lambda) is nil.
 _NEGLIGIBLE = 1e-12
+# What `Curvature.damping` chooses from: answers hardly differ between two of them, and what is
+# derived for one (codes, lengths of rows) stays valid when a few rows come or go.
+HALF_DECADES = (*(float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 3)), 1000.0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,29 @@ class Curvature:
         number of rows nor the width of the projection; in units of trace(K) / dim it does.
         """
         return float(self.eigenvalues.sum()) / self.rows
+
+    def effective_dimension(self, damping: float) -> float:
+        """trace K (K + lambda)^-1: how many directions are divided by K more than by lambda.
+
+        From 0, for a large damping, to the rank of the rows.
+        """
+        return float((self.eigenvalues / (self.eigenvalues + damping * self.scale)).sum())
+
+    def share(self, damping: float) -> float:
+        """The effective dimension as a share of min(rows, width), what the rows can span."""
+        return self.effective_dimension(damping) / min(self.rows, len(self.eigenvectors))
+
+    def damping(self, share: float) -> float:
+        """The half decade whose `share` of directions is nearest to this one in log.
+
+        Raises:
+            ModelError: a share that is none, or rows that are all zero.
+        """
+        if not 0 < share <= 1:
+            raise ModelError(f"share is {share}; it must be above 0 and at most 1")
+        if not len(self.eigenvalues):
+            raise ModelError("all rows are zero, so no damping suits them; ingest again")
+        return min(HALF_DECADES, key=lambda damping: abs(math.log(self.share(damping) / share)))
 
     def precondition(self, queries: Tensor, damping: float) -> Tensor:
         """(K + lambda I)^-1 q for queries [Q, dim], with lambda = damping x `scale`; float64.

@@ -117,6 +117,8 @@ class Combined:
     alike: bool  # bring each part's scores to mean 0 and variance 1 over the corpus
     dampings: tuple[float, ...] = (1.0,)  # each part is taken at, in units of the one asked for
 
+    curvature = None  # there are several, or several dampings
+
     @property
     def damping(self) -> float:
         """Of a query unasked."""
@@ -171,13 +173,14 @@ def of_pieces(
     float(asked.sum())
     query_seconds = time.perf_counter() - started
     features, rows = pieces.sum((1, 2)), asked.sum((2, 3))
+    curvature = curvature_of(features)
     base = Answers(
         default,
         features,
         torch.ones_like(losses),
         rows,
-        curvature_of(features),
-        default.damping,
+        curvature,
+        default.damping(curvature),
         seconds,
         query_seconds,
     )
@@ -321,7 +324,9 @@ def changed(
     )
     if features is None:
         return found
-    return replace(found, features=features, curvature=curvature_of(features))
+    curvature = curvature_of(features)
+    damping = configuration.damping(curvature)
+    return replace(found, features=features, curvature=curvature, damping=damping)
 
 
 def other_sides(asked: Sequence[Question]) -> list[Question]:

@@ -57,6 +57,7 @@ SCHEMA = pa.schema(
         ("concept", pa.string()),  # the utility and which pictures
         ("picture", pa.string()),
         ("damping", pa.float64()),  # null: the method has none
+        ("effective", pa.float64()),  # dimension at it / min(rows, width); null: it has none
         ("label_free", pa.bool_()),
         ("lds", pa.float64()),
         ("ingest_seconds", pa.float64()),
@@ -370,6 +371,7 @@ def scored(
             yield from rows(
                 lds(scores, halves, true),
                 damping=damping,
+                effective=None if damping is None else answers.curvature.share(damping),
                 label_free=damping in (None, answers.damping),
                 ingest_seconds=answers.ingest_seconds,
             )

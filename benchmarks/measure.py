@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from headwater.attribution import Curvature
 from headwater.benchmarks.further import FURTHER
 from headwater.benchmarks.parts import NOWHERE, Parts
 from headwater.benchmarks.study import Answers, Configuration, Question, Say, Study, answer
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
         ("picture", pa.string()),
         ("carriers", pa.int64()),
         ("damping", pa.float64()),  # null: the method has none
+        ("effective", pa.float64()),  # dimension at it / min(rows, width); null: it has none
         ("label_free", pa.bool_()),  # the ranking that the method gives unasked
         *((name, pa.float64()) for name in METRICS),
         ("top", pa.list_(pa.string())),  # keys of the first ten; null beside the label-free one
@@ -116,6 +118,8 @@ class Scored(Protocol):
     @property
     def configuration(self) -> Configuration: ...
     @property
+    def curvature(self) -> Curvature | None: ...  # None: there are several
+    @property
     def damping(self) -> float: ...
     @property
     def ingest_seconds(self) -> float: ...
@@ -133,9 +137,11 @@ def measured(
         "ingest_seconds": answers.ingest_seconds,
         "query_seconds": answers.query_seconds / len(study.questions),
     }
+    curvature = answers.curvature
     for damping in wanted(answers, dampings):
         facts = seconds | {
             "damping": damping,
+            "effective": curvature.share(damping) if damping and curvature else None,
             "label_free": damping is None or damping == answers.damping,
         }
         records += _records(study, answers.configuration.name, answers.scores(damping), facts)

@@ -40,7 +40,7 @@ from headwater.attribution import (
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.further import FURTHER, further_pairs
 from headwater.index import Metric
-from headwater.queries import DAMPINGS
+from headwater.queries import label_free
 
 Say = Callable[[str], object]
 Item = TypeVar("Item")
@@ -95,10 +95,9 @@ class Configuration:
         if self.preconditioning == "both":
             raise BenchmarkError("preconditioning 'both' is not measured here; choose query, none")
 
-    @property
-    def damping(self) -> float:
-        """The label-free lambda, in units of the rows' mean squared length: that of a query."""
-        return DAMPINGS["contrast" if self.query in FURTHER else self.query]
+    def damping(self, curvature: Curvature) -> float:
+        """The label-free lambda, in units of the mean squared length of rows of this curvature."""
+        return label_free("contrast" if self.query in FURTHER else self.query, lambda: curvature)
 
 
 @dataclass(frozen=True)
@@ -277,7 +276,7 @@ def _positive(lengths: Tensor) -> Tensor:
 
 
 def answer(study: Study, configuration: Configuration, ingest: Ingest | None = None) -> Answers:
-    """Compute rows, queries and curvature of one method; lambda is that of a query unasked.
+    """Compute rows, queries and curvature of one method; lambda is that of a query without one.
 
     `ingest` makes the corpus's rows, where they are not to be computed from `study.corpus`.
     """
@@ -306,7 +305,7 @@ def answer(study: Study, configuration: Configuration, ingest: Ingest | None = N
         corpus.weights,
         rows,
         corpus.curvature,
-        configuration.damping,
+        configuration.damping(corpus.curvature),
         corpus.seconds,
         query_seconds,
     )

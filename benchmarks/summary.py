@@ -35,6 +35,7 @@ class Cell:
     oracle: float | None
     damping: float | None  # median of the label-free ones over replicates
     best_damping: float | None
+    effective: float | None  # median likewise; None, too, where no row tells it
 
 
 def summarise(table: pa.Table, metrics: Mapping[str, str]) -> list[Cell]:
@@ -63,6 +64,9 @@ def summarise(table: pa.Table, metrics: Mapping[str, str]) -> list[Cell]:
             values = {key: row[metric] for key, row in free.items()}
             low, high = interval(list(free.values()), metric)
             swept = [row for row in of if row["damping"] is not None]
+            # Records of before have no such column.
+            shares = (row.get("effective") for row in free.values())
+            told = [share for share in shares if share is not None]
             grid: dict[tuple[int, int], dict[float, float]] = {}
             for row in swept:
                 grid.setdefault(_question(row), {})[row["damping"]] = row[metric]
@@ -80,6 +84,7 @@ def summarise(table: pa.Table, metrics: Mapping[str, str]) -> list[Cell]:
                     _mean(max(v.values()) for v in grid.values()) if grid else None,
                     float(np.median([r["damping"] for r in free.values()])) if grid else None,
                     best_damping if grid else None,
+                    float(np.median(told)) if told else None,
                 )
             )
     return cells

@@ -10,13 +10,12 @@ report.py     the answer as one HTML page
 
 from .ask import Index
 from .company import company_of, drawn_captions
-from .concept import DAMPINGS, QUALITY, Asking, Concept
+from .concept import QUALITY, Asking, Concept, label_free
 from .errors import QueryError
 from .report import Section, write_report
 from .result import Hit, Result, write_json
 
 __all__ = [
-    "DAMPINGS",
     "QUALITY",
     "Asking",
     "Concept",
@@ -27,6 +26,7 @@ __all__ = [
     "Section",
     "company_of",
     "drawn_captions",
+    "label_free",
     "write_json",
     "write_report",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from headwater.attribution import (
     resolved,
 )
 from headwater.index import Catalog, Manifest, SearchCluster, StoredIndex, search
+from headwater.index.metrics import Curvature as StoredCurvature
 
 from .company import accompanied
-from .concept import Asking, Concept, check
+from .concept import Asking, Concept, check, label_free
 from .errors import QueryError
 from .gradients import query_rows
 from .result import Hit, Result
@@ -60,8 +61,12 @@ class Index:
 
     @cached_property
     def curvature(self) -> Curvature:
-        """The damped inverse of it is what queries are multiplied with."""
-        return Curvature.from_arrays(self.stored.curvature())
+        """The damped inverse of it is what queries are multiplied with.
+
+        Raises:
+            IndexStoreError: the index was written without it.
+        """
+        return Curvature.from_arrays(vars(StoredCurvature.of(self.stored)))
 
     def query(
         self,
@@ -93,7 +98,8 @@ class Index:
         Raises:
             QueryError: the concept is empty, the index was made with another model or recipe, or it
                 has no captions for the company that is asked for.
-            IndexStoreError: no index, a bad `where`, or fewer items than `top`.
+            IndexStoreError: no index, one without the curvature that the question needs, a bad
+                `where`, or fewer items than `top`.
             ClusterError: actors of the cluster were lost again and again.
         """
         asking = asking or Asking()
@@ -112,6 +118,10 @@ class Index:
                 + (f" under {where!r}" if where else "")
                 + (f"; choose 1 to {available}" if available else "; widen --where")
             )
+        if asking.damping is None and asking.preconditioning != "none":
+            # What is saved shall replay, whatever rows are added or deleted by then.
+            damping = label_free(asking.method, lambda: self.curvature)
+            asking = replace(asking, damping=damping)
         wanted = asking.company
         concept, asking = self._accompanied(concept, asking, model)
         engine = Engine(model, self.recipe)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from headwater.attribution import METHODS, Reward
+from headwater.attribution import METHODS, Curvature, Reward
 from headwater.index import IndexStoreError
 from headwater.index.metrics import Metric
 
 from .errors import QueryError
 
-# lambda that each kind of question is asked with, in units of the rows' mean squared length: what
-# is private to an image is noise in a question about a concept, which several share, and matters in
-# one about a whole picture. Measured, see docs/damping.md.
-DAMPINGS = {"contrast": 10.0, "slider": 10.0, "image": 1.0, "journey": 1.0, "reward": 10.0}
-KINDS = tuple(DAMPINGS)
+# What lambda is chosen by when none is given. A concept is what several images share: directions
+# that carry the energy of fewer images than this are damped, in every corpus. A whole picture is
+# told from others by as many directions as the rows can afford: this share of them is not damped.
+# Measured, and why a concept's is no share: docs/damping.md.
+DAMPINGS = {"contrast": 10.0, "slider": 10.0, "reward": 10.0}
+SHARES = {"image": 0.25, "journey": 0.25}
+KINDS = ("contrast", "slider", "image", "journey", "reward")
 # What asks best regardless of cost (fields of Asking); `company` is for a concept said alone too.
 QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16, "company": 4}
 
@@ -63,7 +66,7 @@ class Asking:
     seed: int = 0  # of the first
     steps: int = 50  # DDIM steps of a generated picture
     guidance: float = 7.5  # of a generated picture
-    # lambda in units of the rows' mean squared length; None: that of DAMPINGS, filled in at once
+    # lambda in units of the rows' mean squared length; None: `label_free`, settled by the index
     damping: float | None = None
     similarity: str = "ip"  # or "cosine", "relative", "standard": see headwater.index.metrics
     preconditioning: str = "query"  # or "none", or "both" sides by K^-1/2
@@ -81,15 +84,14 @@ class Asking:
             )
         if self.method not in KINDS:
             raise QueryError(f"query method {self.method!r} is unknown; choose {', '.join(KINDS)}")
-        if self.damping is None:  # what is saved shall replay where DAMPINGS are others
-            object.__setattr__(self, "damping", DAMPINGS[self.method])
         for name in ("seeds", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise QueryError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.company < 0:
             raise QueryError(f"company is {self.company}; it must be at least 0")
+        given = () if self.damping is None else (self.damping,)
         try:
-            _ = self.metric
+            Metric(self.similarity, self.preconditioning, *given)
         except IndexStoreError as error:
             raise QueryError(str(error)) from error
         if not math.isfinite(self.guidance):
@@ -97,9 +99,26 @@ class Asking:
 
     @property
     def metric(self) -> Metric:
-        """What rows are ranked by."""
-        assert self.damping is not None  # filled in when this was made
+        """What rows are ranked by.
+
+        Raises:
+            QueryError: it takes a damping, and none was given or settled by an index.
+        """
+        if self.preconditioning == "none":
+            return Metric(self.similarity, self.preconditioning)
+        if self.damping is None:
+            raise QueryError("damping is None, as it is until an index settles it; give a number")
         return Metric(self.similarity, self.preconditioning, self.damping)
+
+
+def label_free(method: str, curvature: Callable[[], Curvature]) -> float:
+    """The damping that a question of this kind is asked with when none is given.
+
+    `curvature` gives the corpus's, and is called by the kinds alone that depend on it.
+    """
+    if method in DAMPINGS:
+        return DAMPINGS[method]
+    return curvature().damping(SHARES[method])
 
 
 def check(concept: Concept, asking: Asking, *, conditional: bool) -> None:

@@ -24,6 +24,7 @@ from headwater import (
     Asking,
     Concept,
     Index,
+    IndexStoreError,
     Model,
     QueryError,
     Recipe,
@@ -31,7 +32,7 @@ from headwater import (
     build_index,
 )
 from headwater.attribution import Engine, contrast_rows, ddim_grid, generation_path, seeded_noise
-from headwater.index import StoredIndex, plain_json
+from headwater.index import Metric, StoredIndex, plain_json
 from headwater.ingest.journal import Journal
 from headwater.printing import printable
 
@@ -224,7 +225,21 @@ def test_local_question_is_about_the_given_picture(
         assert ("no defined direction" in err) == (name == "slider")  # these are dtrak rows
         found[name] = json.loads((tmp_path / "r.json").read_text())
         assert found[name]["question"]["image"] == str(picture)
-        assert "The picture asked about" in (tmp_path / "r.html").read_text()
+        page = (tmp_path / "r.html").read_text()
+        assert "The picture asked about" in page
+        assert f"damping={found[name]['question']['damping']}<" in page
+    # What is saved holds the number, which the rows decide for a whole picture alone, and replays.
+    dampings = {name: result["question"]["damping"] for name, result in found.items()}
+    chosen = Index(index).curvature.damping(0.25)
+    assert dampings == {"image": chosen, "contrast": 10.0, "slider": 10.0}
+    noted = [json.loads(line) for line in (index / "ledger.jsonl").read_text().splitlines()[-3:]]
+    assert [line["details"]["damping"] for line in noted] == list(dampings.values())
+    question = found["image"]["question"]
+    again = Asking(**{field.name: question[field.name] for field in fields(Asking)})
+    model = Model.from_pretrained(model_folder, device="cpu")
+    concept = Concept("a red cat", image=str(picture))
+    repeated = Index(index).query(concept, model, asking=again, top=10).as_dict()
+    assert plain_json(repeated) == found["image"]
     orders = {name: [hit["item_id"] for hit in r["hits"]] for name, r in found.items()}
     assert orders["image"] != orders["contrast"] != orders["slider"] != orders["image"]
 
@@ -263,6 +278,27 @@ def test_a_question_in_several_contexts_is_the_mean_of_its_contrasts(
             mean[hit.item_id] += hit.score / 4
     largest = max(map(abs, mean.values()))
     assert found == pytest.approx(mean, rel=0, abs=1e-4 * largest)
+
+
+def test_an_index_without_curvature_is_asked_without_preconditioning(
+    index: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.from_pretrained(model_folder, device="cpu")
+    monkeypatch.setattr(StoredIndex, "curvature", lambda self: {})
+    for method in ("contrast", "image"):
+        asking = Asking(method=method, seeds=1, preconditioning="none")
+        result = Index(index).query(Concept("a red cat"), model, asking=asking, top=3)
+        assert result.question["damping"] is None  # none was used
+        asking = Asking(method=method, seeds=1)
+        with pytest.raises(IndexStoreError, match="holds no curvature"):
+            Index(index).query(Concept("a red cat"), model, asking=asking, top=3)
+
+
+def test_a_damping_that_no_index_settled_is_not_guessed() -> None:
+    with pytest.raises(QueryError, match="until an index settles it"):
+        _ = Asking().metric
+    assert Asking(damping=0.3).metric == Metric("ip", "query", 0.3)
+    assert Asking(preconditioning="none").metric == Metric("ip", "none")
 
 
 def test_contexts_that_are_no_pairs_are_refused(index: Path, model_folder: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from headwater.attribution import Curvature, Gram, ModelError, dual_curvature
+from headwater.attribution.curvature import HALF_DECADES
+from headwater.benchmarks.measure import DAMPINGS
 
 
 def heavy_rows(count: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -66,3 +68,77 @@ def test_arrays_round_trip() -> None:
 def test_damping_must_be_positive(damping: float) -> None:
     with pytest.raises(ModelError, match="not positive"):
         dual_curvature(heavy_rows(5, 10)).precondition(torch.zeros(1, 10), damping)
+
+
+def dense_dimension(features: torch.Tensor, damping: float) -> float:
+    phi = features.double()
+    k = phi.mT @ phi
+    lam = damping * float(phi.square().sum()) / len(phi)
+    inverse = torch.linalg.inv(k + lam * torch.eye(len(k), dtype=torch.float64))
+    return float((k @ inverse).trace())
+
+
+def both_forms(features: torch.Tensor) -> list[Curvature]:
+    gram = Gram(features.shape[1])
+    gram.add(features)
+    return [gram.curvature(), dual_curvature(features)]
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(300, 40), (25, 60), (40, 40)])
+def test_effective_dimension_equals_the_dense_trace(rows: int, dim: int) -> None:
+    features = heavy_rows(rows, dim)
+    for curvature in both_forms(features):
+        for damping in HALF_DECADES:
+            expected = dense_dimension(features, damping)
+            assert curvature.effective_dimension(damping) == pytest.approx(expected, rel=1e-8)
+            assert curvature.share(damping) == pytest.approx(expected / min(rows, dim), rel=1e-8)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(300, 40), (25, 60), (40, 40)])
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.25, 0.5, 1.0])
+def test_damping_is_the_half_decade_nearest_to_a_share(rows: int, dim: int, share: float) -> None:
+    features = heavy_rows(rows, dim)
+    off = {
+        damping: abs(np.log(dense_dimension(features, damping) / (share * min(rows, dim))))
+        for damping in HALF_DECADES
+    }
+    for curvature in both_forms(features):
+        assert curvature.damping(share) == min(off, key=lambda damping: off[damping])
+
+
+def test_damping_of_rows_that_share_everything_or_nothing() -> None:
+    one = heavy_rows(1, 20)
+    alike = one.expand(50, 20)
+    private = torch.eye(50)
+    # All energy in one direction: d = 1 / (1 + damping / rows) of it.
+    for rows, features in ((1, one), (50, alike)):
+        for curvature in both_forms(features):
+            assert curvature.effective_dimension(3.0) == pytest.approx(1 / (1 + 3 / rows))
+    assert dual_curvature(one).damping(0.25) == 3.0
+    assert dual_curvature(alike).damping(0.25) == HALF_DECADES[0]  # 5 directions, and there is 1
+    # Rows without anything in common: a quarter of each is left at 3, whatever their number.
+    for curvature in both_forms(private):
+        assert curvature.effective_dimension(3.0) == pytest.approx(50 / 4)
+        assert curvature.damping(0.25) == 3.0
+    low = private[:5].repeat(20, 1)  # five directions, each in 20 rows
+    for curvature in both_forms(low):
+        assert curvature.effective_dimension(10.0) == pytest.approx(5 / (1 + 10 / 20))
+        assert curvature.damping(0.05) == 30.0  # 2 of 50
+
+
+def test_half_decades_hold_the_benchmarks_grid() -> None:
+    assert set(DAMPINGS) < set(HALF_DECADES)
+    assert HALF_DECADES[0] == 0.001
+    assert HALF_DECADES[-1] == 1000.0
+    steps = np.diff(np.log10(HALF_DECADES))
+    assert ((steps > 0.4) & (steps < 0.6)).all()
+
+
+def test_damping_without_a_share_or_rows_is_refused() -> None:
+    for share in (0.0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ModelError, match="at most 1"):
+            dual_curvature(heavy_rows(5, 10)).damping(share)
+    gram = Gram(5)
+    gram.add(torch.zeros(3, 5))
+    with pytest.raises(ModelError, match="all rows are zero"):
+        gram.curvature().damping(0.25)

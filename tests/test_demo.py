@@ -21,7 +21,7 @@ from headwater.demo.corpus import (
 )
 from headwater.demo.run import demo_model, run_demo
 from headwater.index import search
-from headwater.queries import Asking, Index
+from headwater.queries import Asking, Index, label_free
 from headwater.queries.gradients import generate
 
 
@@ -37,6 +37,7 @@ def test_precision_over_all_held_out_pairs_and_both_concepts(folder: Path) -> No
     items = index.stored.items()
     engine = Engine(model, index.recipe)
     asking = Asking(seeds=4)  # half the default: quicker, and harder
+    damping = label_free(asking.method, lambda: index.curvature)
     right: dict[str, list[float]] = {"asked": [], "flipped": []}
     keys = [f"query/{seed}" for seed in range(asking.seeds)]
     for object_name, studio in HELD_OUT:
@@ -47,7 +48,7 @@ def test_precision_over_all_held_out_pairs_and_both_concepts(folder: Path) -> No
             ("studio", studio, studio_contrast(object_name)),
         ):
             rows = contrast_rows(engine, x_0, prompts, [contrast] * asking.seeds, keys)
-            query = index.curvature.precondition(rows.mean(0)[None], asking.damping).numpy()
+            query = index.curvature.precondition(rows.mean(0)[None], damping).numpy()
             truth = np.array(items[column].to_pylist()) == value
             for name, signed in (("asked", query), ("flipped", -query)):
                 _, found = search(index.stored, signed, 10)

@@ -519,6 +519,14 @@ def test_ideas_run_whole(
     methods = list(dict.fromkeys(row["method"] for row in rows))
     assert methods[0] == "headwater"
     assert len(methods) >= 20
+    # Several curvatures or dampings together have no one effective dimension.
+    without = {row["method"] for row in rows if row["effective"] is None}
+    assert without == {
+        "several lambda averaged",
+        "a curvature for each noise level",
+        "a curvature for each side",
+        "with guidance features",
+    }
     page = (tmp_path / "beyond.md").read_text().split("## Gains")[1]
     assert [line.split(" | ")[0][2:] for line in page.splitlines() if line.startswith("| ")][
         1:

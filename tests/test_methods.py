@@ -36,6 +36,7 @@ from headwater.attribution import (
     slider_rows,
 )
 from headwater.attribution.conditions import Conditions
+from headwater.attribution.curvature import HALF_DECADES
 from headwater.attribution.hashing import make_key, signs
 from headwater.attribution.trajectory import renoised
 from headwater.index import StoredIndex
@@ -343,7 +344,14 @@ def test_raw_rows_through_the_command_line(
     norms = stored.items()["row_norm"].to_numpy()
     assert norms.std() > 0.01 * norms.mean()
     k = phi.T @ phi
-    inverse = np.linalg.inv(k + 1.0 * np.trace(k) / len(phi) * np.eye(len(k)))
+    unit = np.trace(k) / len(phi) * np.eye(len(k))
+    # Unasked: where the effective dimension is nearest to a quarter of the twelve rows.
+    off = {
+        damping: abs(np.log(np.trace(k @ np.linalg.inv(k + damping * unit)) / (12 / 4)))
+        for damping in HALF_DECADES
+    }
+    damping = min(off, key=lambda damping: off[damping])
+    inverse = np.linalg.inv(k + damping * unit)
     ids = stored.items()["item_id"].to_pylist()
     for method, similarity in (
         ("image", "ip"),
@@ -377,7 +385,9 @@ def test_raw_rows_through_the_command_line(
         elif similarity == "standard":
             expected /= np.sqrt(np.square(phi @ inverse @ phi.T).mean(axis=1))
         by_id = dict(zip(ids, expected, strict=True))
-        hits = json.loads((tmp_path / "r").read_text())["hits"]
+        result = json.loads((tmp_path / "r").read_text())
+        assert result["question"]["damping"] == damping
+        hits = result["hits"]
         tolerance = 1e-3 * np.abs(expected).max()
         assert [hit["score"] for hit in hits] == pytest.approx(
             [by_id[hit["item_id"]] for hit in hits], abs=tolerance

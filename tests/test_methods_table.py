@@ -58,7 +58,8 @@ def test_the_readme_gives_the_options_of_every_method(name: str) -> None:
     ]
     options = " | ".join(f"`{part}`" if part else "the defaults" for part in words)
     assert f"| {name} | {options} |" in README
-    asking = Asking(row.query, similarity=row.similarity, preconditioning=row.preconditioning)
+    how = {"similarity": row.similarity, "preconditioning": row.preconditioning}
+    asking = Asking(row.query, damping=3.0, **how)
     assert asking.metric.similarity == row.similarity
 
 

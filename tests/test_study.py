@@ -211,19 +211,27 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     methods = [
         Configuration("ours", RECIPE),
         Configuration("tracin", RECIPE, query="image", preconditioning="none"),
-        Configuration("das", replace(RECIPE, method="das")),
+        Configuration("das", replace(RECIPE, method="das"), query="image"),
     ]
     kept: list[Answers] = []
     table = measure(study, methods, said.append, dampings=(0.1, 1.0), seen=kept.append)
     assert table.schema == SCHEMA
     rows = table.to_pylist()
     ours = [row for row in rows if row["method"] == "ours" and row["question"] == 1]
-    assert [row["damping"] for row in ours] == sorted({0.1, 1.0, kept[0].damping})
+    assert [row["damping"] for row in ours] == [0.1, 1.0, 10.0]
+    # Of a whole picture, the rows decide: 12 rows in 64 numbers.
+    assert kept[2].damping == kept[2].curvature.damping(0.25)
+    assert kept[0].damping == 10.0
+    values = kept[0].curvature.eigenvalues
+    for row in ours:
+        lam = row["damping"] * float(values.sum()) / 12
+        assert row["effective"] == pytest.approx(float((values / (values + lam)).sum()) / 12)
     assert sum(row["label_free"] for row in ours) == 1
     free = next(row for row in ours if row["label_free"])
     order = kept[0].scores()[:, 1].argsort(descending=True)[:10].tolist()
     assert free["top"] == [f"k{i}" for i in order]
-    assert [row["damping"] for row in rows if row["method"] == "tracin"] == [None] * 4
+    tracin = [row for row in rows if row["method"] == "tracin"]
+    assert [(row["damping"], row["effective"]) for row in tracin] == [(None, None)] * 4
     # The captions name the object, so a search for it finds exactly the carriers, six of each.
     by_caption = [r for r in rows if r["method"].startswith("caption") and r["concept"] == "object"]
     assert [row["recall_at_10"] for row in by_caption] == [1.0, 1.0]
@@ -239,7 +247,7 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
         "left out, not every question says its concept in other company",
         "left out, not every question says its concept beside captions",
     ]
-    assert [configuration.damping for configuration in more] == [methods[0].damping] * 3
+    assert [answer(study, configuration).damping for configuration in more] == [10.0] * 3
     # Methods of one recipe share its rows; another recipe has its own.
     assert kept[0].features is kept[1].features
     assert not torch.equal(kept[1].features, kept[2].features)
@@ -281,7 +289,8 @@ def record(method: str, picture: int, damping: float | None, value: float, free:
     blank = dict.fromkeys(SCHEMA.names)
     return blank | {
         "replicate": 0, "method": method, "question": picture, "concept": "c",
-        "picture": str(picture), "damping": damping, "label_free": free, "precision_at_10": value,
+        "picture": str(picture), "damping": damping, "effective": damping and 1 / damping,
+        "label_free": free, "precision_at_10": value,
     }  # fmt: skip
 
 
@@ -296,9 +305,13 @@ def test_the_four_choices_of_lambda() -> None:
     rows += [record("random", picture, None, 0.25, True) for picture in range(4)]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     ours, chance = summarise(table, {"c": "precision_at_10"})
+    # Records made before there was the column are still read.
+    cell_of_before, _ = summarise(table.drop(["effective"]), {"c": "precision_at_10"})
     assert ours.label_free == pytest.approx(0.55)
     assert ours.low <= 0.55 <= ours.high
     assert ours.damping == 5.0
+    assert ours.effective == 0.2
+    assert (cell_of_before.effective, cell_of_before.best_damping) == (None, 5.0)
     assert ours.oracle == pytest.approx((1.0 + 0.7 + 0.9 + 0.9) / 4)
     assert ours.best == pytest.approx(0.55)  # 0.5, 0.475 and 0.55: five
     assert ours.best_damping == 5.0
