@@ -287,9 +287,12 @@ def test_a_row_outside_of_the_curvature_has_no_deviation() -> None:
     curvature = Curvature(np.geomspace(1, 1e-6, RANK), turned[:, :RANK], N)
     rows = np.stack([*turned.T, np.zeros(DIM)])
     assert ((rows[RANK:DIM] @ curvature.eigenvectors) != 0).any()
-    found = curvature.deviations(rows, 0.5)
+    found = curvature.lengths(rows, 0.5, "standard")
     assert (found[:RANK] > 0).all()
     assert not found[RANK:].any()
+    lam = 0.5 * np.geomspace(1, 1e-6, RANK).sum() / N
+    for similarity, length in (("cosine", lam**-0.5), ("relative", 1 / lam)):
+        np.testing.assert_allclose(curvature.lengths(rows, 0.5, similarity)[RANK:-1], length)
 
 
 def test_solve_is_what_attribution_computes(index: StoredIndex) -> None:
