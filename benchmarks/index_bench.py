@@ -66,6 +66,8 @@ def run(
     if gpu_memory is not None and not gpu.available():
         raise IndexStoreError("--gpu-memory: there is no GPU, or this FAISS is built without it")
     real = read_real(features)
+    if gpu_memory is not None:
+        check_memory(gpu_memory, rows, real.shape[1])
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
@@ -79,6 +81,16 @@ def run(
         out.with_name(f"{out.name}.md").write_text(text + "\n")
         out.with_name(f"{out.name}.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in records)
+        )
+
+
+def check_memory(memory: int, rows: int, dim: int) -> None:
+    """IndexStoreError when so many bytes of a GPU hold all rows, or not even their codes."""
+    least, enough = codes_bytes(rows, dim, cell_count(rows), METRIC), gpu.rows_bytes(rows, dim)
+    if not least <= memory < enough:
+        raise IndexStoreError(
+            f"--gpu-memory {memory}: a GPU holds the codes and not the rows of this index from "
+            f"{least:,} bytes to {enough:,}"
         )
 
 
@@ -134,7 +146,7 @@ def measure(
     if gpu_memory is None:
         accelerated(index, asked, truth, records, lines)
     room = gpu.room() if gpu.available() else 0
-    if room is None or gpu.rows_bytes(index) <= room:
+    if room is None or gpu.rows_bytes(rows, real.shape[1]) <= room:
         on_gpu(index, asked, truth, records, lines)
     if gpu_memory is not None:
         codes_on_gpu(index, asked, truth, gpu_memory, records, lines)
@@ -283,12 +295,6 @@ def codes_on_gpu(
     lines: list[str],
 ) -> None:
     """Codes in a GPU's memory, scanned in all cells and in some, with scores from the processor."""
-    rows, codes = gpu.rows_bytes(index), codes_bytes(index, METRIC)
-    if not codes <= memory < rows:
-        raise IndexStoreError(
-            f"--gpu-memory {memory}: a GPU holds the codes and not the rows of this index from "
-            f"{codes:,} bytes to {rows:,}"
-        )
     vectors, scale = prepare(index, asked, METRIC)
     before = gpu.room()
     seconds, held = timed(lambda: gpu.hold(index, scale, METRIC, memory))

@@ -8,6 +8,7 @@ same path, so any actor can take over the shards of one that was lost.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +49,10 @@ class ShardHolder:
         self._tables: dict[Part, pa.Table] = {}
         self._selected: dict[Part, tuple[str | None, Int64]] = {}
 
-    def ready(self) -> None:
+    def ready(self, *, on_gpu: bool) -> None:
         """Return once the actor runs; IndexStoreError when its machine does not see the index."""
+        if not on_gpu:  # Ray leaves the machine's GPUs in the sight of an actor that has none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if not (self._folder / FILE_NAME).exists():
             raise IndexStoreError(
                 f"{self._folder} is not there on {socket.gethostname()}; every machine of the "
@@ -142,8 +145,9 @@ class SearchCluster:
 
         Args:
             folder: of the index, on a file system that every machine of the cluster sees.
-            actors: how many share the shards; default: one for each processor of the cluster.
-            gpus: GPUs of each actor.
+            actors: how many share the shards; default: as many as the processors of the cluster,
+                or its GPUs where `gpus` asks for them, have room for.
+            gpus: of each actor: 0, 1 or what share of one; an actor searches on one GPU.
             address: of a running cluster; see `connected`.
 
         Raises:
@@ -167,8 +171,7 @@ class SearchCluster:
         with ExitStack() as stack:
             self._ray = stack.enter_context(connected(self._address))
             stack.callback(self._end)
-            count = self._wanted or int(self._ray.cluster_resources().get("CPU", 1))
-            self._parts = split_shards(self.manifest, count)
+            self._parts = split_shards(self.manifest, self._wanted or self._room())
             self._owners: dict[Part, Any] = {}
             self._ready: list[Any] = []
             self._starting: dict[Any, Any] = {}  # what `ready` will answer -> actor
@@ -325,10 +328,17 @@ class SearchCluster:
             self._owners[part] = min(self._ready, key=lambda actor: load[id(actor)])
             load[id(self._owners[part])] += 1
 
+    def _room(self) -> int:
+        """How many actors the cluster has room for."""
+        whole = self._ray.cluster_resources()
+        processors = int(whole.get("CPU", 1))
+        gpus = int(whole.get("GPU", 0) / self._gpus) if self._gpus else processors
+        return max(1, min(processors, gpus))
+
     def _start(self) -> None:
         holder = self._ray.remote(num_cpus=1, num_gpus=self._gpus, scheduling_strategy="SPREAD")
         actor = holder(ShardHolder).remote(str(self.folder), self._shared)
-        self._starting[actor.ready.remote()] = actor
+        self._starting[actor.ready.remote(on_gpu=self._gpus > 0)] = actor
 
     def _replace(self, actor: Any) -> None:
         """Start another actor for one that was lost, unless that is done already."""

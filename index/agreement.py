@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .manifest import Manifest, part_files
+from .duck import connect_items, position_name
+from .manifest import FILE_NAME, Manifest, part_files
 from .reader import StoredIndex
 from .rows import length_slack
+
+_CURVATURE = {"eigenvalues", "eigenvectors", "rows"}  # what a question is preconditioned with
 
 
 def disagreeing_types(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
@@ -38,17 +42,48 @@ def disagreeing_types(folder: Path, manifest: Manifest) -> list[tuple[str, str]]
     return problems
 
 
+def repeated_ids(index: StoredIndex) -> list[tuple[str, str]]:
+    """An item id that two rows have, neither of them deleted: [(file, what is wrong with it)]."""
+    position = position_name(index.item_schema.names)
+    try:
+        with connect_items(index, deleted=False) as connection:
+            twice = connection.execute(
+                f"SELECT item_id, min({position}), max({position}) FROM items "
+                "GROUP BY item_id HAVING count(*) > 1 ORDER BY 3 LIMIT 1"
+            ).fetchone()
+    except duckdb.Error as error:
+        return [("items", f"item ids cannot be compared: {' '.join(str(error).split())}")]
+    if twice is None:
+        return []
+    item_id, first, second = twice
+    end = 0
+    for shard in index.manifest.shards:
+        end += shard.items
+        if second < end:
+            reason = f"item_id {item_id!r} occurs twice, at positions {first} and {second}"
+            return [(part_files(shard.name)[1], reason)]
+    raise AssertionError("a position beyond the last part")
+
+
 def disagreeing_curvature(index: StoredIndex) -> list[tuple[str, str]]:
     """Whether the curvature can be that of the searchable rows: [(file, what is wrong with it)].
 
     Their number is stated, and the trace of the Gram matrix is the sum of their squared lengths,
-    but for what half precision changes of a length. Nothing is said of curvature in another form.
+    but for what half precision changes of a length. All of its arrays must be listed where one is,
+    and where rows are those of a model, as an ingest leaves no such index without. Nothing is said
+    of curvature in another form.
     """
     files = {Path(name).stem: name for name in index.manifest.files if name[:10] == "curvature/"}
     arrays, positions = index.curvature(), index.ok_positions
-    if not {"rows", "eigenvalues"} <= arrays.keys():
+    if not arrays.keys() & _CURVATURE and not (len(positions) and "model" in index.manifest.recipe):
         return []
+    if missing := _CURVATURE - arrays.keys():
+        return [(FILE_NAME, f"it lists no {' and no '.join(sorted(missing))} of the curvature")]
     problems = []
+    shape = (index.manifest.dim, *arrays["eigenvalues"].shape)
+    if arrays["eigenvectors"].shape != shape:
+        found = arrays["eigenvectors"].shape
+        problems.append((files["eigenvectors"], f"it has shape {found}, not {shape}"))
     if arrays["rows"].shape != () or arrays["rows"] != len(positions):
         problems.append(
             (files["rows"], f"it says {arrays['rows']}, the index has {len(positions)} usable rows")

@@ -2,8 +2,10 @@
 
 Rows are kept in half precision with their scale folded in, so a score there is good to a part in a
 hundred of the largest: a few more rows than asked for are looked at again on the processor, which
-gives the same scores as a search without a GPU. Where the memory does not hold them, it holds short
-codes (`gpu_cells`), and more rows are looked at again.
+gives the same scores as a search without a GPU. They lie in pieces of a GiB, searched in turn:
+FAISS has no room to spare in a flat index and makes all of it anew for every block that is added,
+so that a piece, and not all rows, is there twice while it is copied. Where the memory does not hold
+the rows, it holds short codes (`gpu_cells`), and more rows are looked at again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import faiss as _faiss
 import numpy as np
 
+from .cells import cell_count
+from .exact import Found, merge
 from .gpu_cells import Inverted, codes_bytes
 from .metrics import Metric
 from .products import selector
@@ -31,6 +35,7 @@ FROM_ROWS = 100_000  # below, copying the rows takes longer than many questions 
 # the one question of a command is answered sooner without.
 FROM_QUERIES = 100  # asked of an index in this process, a question's seeds each for itself
 MOST_RESULTS = 2048  # of a search on a GPU, by FAISS
+PIECE_BYTES = 2**30  # scanned in about a millisecond, many times what a call costs
 _SCRATCH_BYTES = 3 * 2**30  # left free: FAISS itself takes half of it, libraries and searches more
 _BLOCK_ROWS = 8192
 
@@ -86,9 +91,11 @@ def hold(
     seen when the memory runs out.
     """
     reason = ""
+    rows, dim = len(index.ok_positions), index.manifest.dim
+    codes = codes_bytes(rows, dim, cell_count(index.manifest.rows), metric)
     ways: list[tuple[str, int, Callable[..., Resident | Inverted]]] = [
-        ("rows in half precision", rows_bytes(index), Resident),
-        ("codes", codes_bytes(index, metric), partial(Inverted, place=_to_gpu)),
+        ("rows in half precision", rows_bytes(rows, dim), Resident),
+        ("codes", codes, partial(Inverted, place=_to_gpu)),
     ]
     for what, needed, make in ways:
         if room is not None and needed > room:
@@ -105,13 +112,16 @@ def hold(
     return None
 
 
-def rows_bytes(index: StoredIndex) -> int:
-    """The most memory of a GPU that the rows need while they are copied.
+def rows_bytes(rows: int, dim: int) -> int:
+    """The most memory of a GPU that so many rows need, which is while the last piece is copied.
 
-    FAISS makes exact room for every block that is added and copies what there was: rows are there
-    twice meanwhile.
+    FAISS adds a number in single precision to each, its length.
     """
-    return len(index.ok_positions) * (2 * 2 * index.manifest.dim + 8)
+    return (rows + min(rows, _piece_rows(dim))) * (2 * dim + 4)
+
+
+def _piece_rows(dim: int) -> int:
+    return max(1, PIECE_BYTES // (2 * dim))
 
 
 def room() -> int | None:
@@ -143,11 +153,15 @@ class Resident:
         """Copy them; RuntimeError when the memory does not hold them."""
         self.metric = metric
         self._positions = index.ok_positions
-        self._rows = _flat(index.manifest.dim)
+        self._pieces: list[Any] = []
         self._largest = np.float32(np.abs(scale).max() or 1)
-        factor = scale / self._largest
-        for block, units in index.unit_blocks(self._positions, _BLOCK_ROWS):
-            self._rows.add(decode_rows(units, factor[block]))
+        factor, step = scale / self._largest, _piece_rows(index.manifest.dim)
+        for first in range(0, len(self._positions), step):
+            piece = _flat(index.manifest.dim)
+            self._pieces.append(piece)
+            positions = self._positions[first : first + step]
+            for block, units in index.unit_blocks(positions, _BLOCK_ROWS):
+                piece.add(decode_rows(units, factor[block]))
 
     def scores(
         self, queries: Float32, count: int, wanted: Int64 | None = None
@@ -159,7 +173,7 @@ class Resident:
         """
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         scaled = queries / np.where(lengths > 0, lengths, 1)  # half precision holds no extremes
-        how = None
+        chosen = np.ones(len(self._positions), np.bool_)
         if wanted is not None and len(wanted) < len(self._positions):
             if not honours_selectors():
                 _log.warning(
@@ -168,11 +182,21 @@ class Resident:
                 )
                 return None
             chosen = np.isin(self._positions, wanted, assume_unique=True)
-            how = faiss.SearchParameters(sel=selector(chosen))
-        values, found = self._rows.search(scaled, count, params=how)
-        if (found < 0).any():  # what half precision cannot hold has no rank
-            return None
-        return values * (lengths * self._largest), self._positions[found]
+        parts: list[Found] = []
+        end = 0
+        for piece in self._pieces:
+            first, end = end, end + piece.ntotal
+            here = chosen[first:end]
+            able = int(np.count_nonzero(here))
+            if not able:
+                continue
+            how = None if able == len(here) else faiss.SearchParameters(sel=selector(here))
+            values, found = piece.search(scaled, min(count, able), params=how)
+            if (found < 0).any():  # what half precision cannot hold has no rank
+                return None
+            parts.append((values, self._positions[first:end][found]))
+        values, positions = merge(parts, count)
+        return values * (lengths * self._largest), positions
 
     def candidates(self, queries: Float32, count: int, wanted: Int64) -> list[Int64] | None:
         """The `count` best positions among `wanted` for each query, ascending."""

@@ -21,7 +21,7 @@ import faiss as _faiss
 import numpy as np
 
 from . import accelerator
-from .cells import TARGET, Calibration, Cells, cell_count
+from .cells import TARGET, Calibration, Cells
 from .codes import unit_of
 from .exact import Found, merge
 from .metrics import Metric
@@ -45,14 +45,11 @@ _SCRATCH_BYTES = 2**29  # of a search, by batches of queries; FAISS sets aside t
 _SMALL_LIST = 4 * 2**20  # bytes; lists grow to the next power of two below, by a quarter above
 
 
-def codes_bytes(index: StoredIndex, metric: Metric) -> int:
-    """About how much memory of a GPU codes of an index need while they are made."""
-    rows, width = len(index.ok_positions), index.manifest.dim
-    if metric.preconditioning != "none":
-        width = min(width, MOST_DIRECTIONS)
-    count = cell_count(index.manifest.rows)
+def codes_bytes(rows: int, dim: int, cells: int, metric: Metric) -> int:
+    """About how much memory of a GPU codes of so many rows in so many cells need while made."""
+    width = dim if metric.preconditioning == "none" else min(dim, MOST_DIRECTIONS)
     codes = rows * (width // 2 + 8)  # and the position
-    return int(codes * (1.25 if codes > count * _SMALL_LIST else 2)) + count * LIST_BYTES
+    return int(codes * (1.25 if codes > cells * _SMALL_LIST else 2)) + cells * LIST_BYTES
 
 
 class Inverted:

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,7 +54,15 @@ Float64 = npt.NDArray[np.float64]
 _log = logging.getLogger(__name__)
 SIMILARITIES = ("ip", "cosine", "relative", "standard")
 PRECONDITIONING = ("none", "query", "both")
-_DIVIDED = {"relative": "2", "standard": "standard"}  # a preconditioned score, by these lengths
+_DIVIDED = ("relative", "standard")  # a preconditioned score, by the length of the row
+# The square of such a length is the sum of a row's squared components along the eigenvectors, each
+# times this factor of its eigenvalue s, of lambda and of the number of rows.
+_FACTORS: dict[str, Callable[[Float64, float, int], Float64]] = {
+    "cosine": lambda s, lam, rows: 1 / (s + lam),  # |x|_K
+    "relative": lambda s, lam, rows: 1 / (s + lam) ** 2,  # |x|_KK
+    "standard": lambda s, lam, rows: s / (s + lam) ** 2 / rows,  # |x|_S
+}
+_STORED_AS = {"cosine": "1", "relative": "2", "standard": "standard"}  # in the names of files
 _ROUNDING = 1e-12  # of a row's squared length: less of it in the eigenvectors is rounding
 _BLOCK_ROWS = 2048
 
@@ -111,7 +120,7 @@ def row_scale(index: StoredIndex, metric: Metric) -> Float32:
         return index.norms * index.weights
     if metric.similarity == "cosine" and metric.preconditioning != "both":
         return index.weights
-    lengths = _curved_lengths(index, metric.damping, _DIVIDED.get(metric.similarity, "1"))
+    lengths = _curved_lengths(index, metric)
     safe = np.where(lengths > 0, lengths, np.inf)
     return (index.weights / safe).astype(np.float32)
 
@@ -150,38 +159,28 @@ class Curvature:
         ) / lam
         return solved
 
-    def lengths(self, units: npt.NDArray[np.float16], damping: float, power: int = 1) -> Float64:
-        """Return sqrt(x^T K_lambda^-power x) for rows x [n, dim]: |x|_K, and with 2, |x|_KK."""
-        lam, damped = self.damped(damping)
-        along, squares = self._along(units)
-        outside = squares - along.sum(axis=1)
-        lengths: Float64 = np.sqrt(along @ damped**-power + np.maximum(outside, 0) / lam**power)
+    def lengths(self, units: npt.NDArray[np.float16], damping: float, similarity: str) -> Float64:
+        """Return the lengths by which a similarity divides: of rows x [n, dim], float64 [n].
+
+        |x|_K for `cosine`, |x|_KK for `relative`, |x|_S for `standard`, which is 0 for a row
+        outside of the eigenvectors: its scores for such queries are all 0.
+        """
+        rows = units.astype(np.float64)
+        along = np.square(rows @ self.eigenvectors)  # [n, r]
+        inside, squares = along.sum(axis=1), np.einsum("nd,nd->n", rows, rows)
+        along[inside <= _ROUNDING * squares] = 0
+        # Of what lies outside of the eigenvectors the eigenvalue is 0.
+        values = np.append(self.eigenvalues, 0.0)
+        outside = np.maximum(squares - inside, 0)
+        lam = self.damped(damping)[0]
+        factors = _FACTORS[similarity](values, lam, self.rows)
+        lengths: Float64 = np.sqrt(along @ factors[:-1] + outside * factors[-1])
         return lengths
 
-    def deviations(self, units: npt.NDArray[np.float16], damping: float) -> Float64:
-        """Return sqrt(x^T K_lambda^-1 K K_lambda^-1 x / rows) for rows x [n, dim]: |x|_S.
 
-        0 for a row outside of the eigenvectors, whose scores for such queries are all 0.
-        """
-        _, damped = self.damped(damping)
-        along, squares = self._along(units)
-        variances = along @ (self.eigenvalues / damped**2) / self.rows
-        seen = along.sum(axis=1) > _ROUNDING * squares
-        deviations: Float64 = np.sqrt(np.where(seen, variances, 0))
-        return deviations
-
-    def _along(self, units: npt.NDArray[np.float16]) -> tuple[Float64, Float64]:
-        """Squares of rows [n, dim] along each eigenvector [n, r], and of their lengths [n]."""
-        rows = units.astype(np.float64)
-        along = rows @ self.eigenvectors
-        return np.square(along, out=along), np.einsum("nd,nd->n", rows, rows)
-
-
-def _curved_lengths(index: StoredIndex, damping: float, kind: str) -> Float64:
-    """Lengths of all unit rows, kept beside the accelerators, as each costs dim^2.
-
-    `kind`: "1" or "2", the power of `Curvature.lengths`, or "standard", `Curvature.deviations`.
-    """
+def _curved_lengths(index: StoredIndex, metric: Metric) -> Float64:
+    """`Curvature.lengths` of all unit rows, kept beside the accelerators, as each costs dim^2."""
+    damping, kind = metric.damping, _STORED_AS[metric.similarity]
     key = hashlib.sha256(f"curved lengths {kind} {damping!r}".encode())
     for name, digest in sorted(index.manifest.files.items()):
         key.update(f"{name} {digest}\n".encode())
@@ -200,9 +199,7 @@ def _curved_lengths(index: StoredIndex, damping: float, kind: str) -> Float64:
     curvature = Curvature.of(index)
     everything = np.arange(index.manifest.rows, dtype=np.int64)
     pieces = [
-        curvature.deviations(units, damping)
-        if kind == "standard"
-        else curvature.lengths(units, damping, int(kind))
+        curvature.lengths(units, damping, metric.similarity)
         for _, units in index.unit_blocks(everything, _BLOCK_ROWS)
     ]
     lengths = np.concatenate(pieces)

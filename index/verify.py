@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -19,8 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from . import duplicates, ledger
-from .agreement import disagreeing_curvature, disagreeing_types
-from .duck import connect_items, position_name
+from .agreement import disagreeing_curvature, disagreeing_types, repeated_ids
 from .errors import IndexStoreError
 from .files import sha256_of
 from .lock import FILE_NAME as LOCK_FILE
@@ -126,11 +124,11 @@ def _verify(folder: Path, progress: Callable[[int, int], None]) -> Verification:
     if not any(damage.file.startswith("items/") for damage in damaged):
         damaged += [Damage(*found) for found in disagreeing_types(folder, manifest)]
     if manifest.shards and not any(_matters_to_ids(damage.file) for damage in damaged):
-        damaged += _check_unique(StoredIndex(folder, manifest))
-        damaged += _check_duplicates(StoredIndex(folder, manifest), damaged)
+        index = StoredIndex(folder, manifest)
+        damaged += [Damage(*found) for found in repeated_ids(index)]
+        damaged += _check_duplicates(index, damaged)
         if not any(damage.file.startswith("curvature/") for damage in damaged):
-            found = disagreeing_curvature(StoredIndex(folder, manifest))
-            damaged += [Damage(*wrong) for wrong in found]
+            damaged += [Damage(*found) for found in disagreeing_curvature(index)]
     return _told(folder, manifest, damaged, files, read)
 
 
@@ -341,29 +339,6 @@ def _check_numbers(path: Path, tombstones: tuple[int, int] | None) -> None:
 
 def _matters_to_ids(file: str) -> bool:
     return file.startswith(("items/", "tombstones/"))
-
-
-def _check_unique(index: StoredIndex) -> list[Damage]:
-    """Find an item id that two rows have, neither of them deleted."""
-    position = position_name(index.item_schema.names)
-    try:
-        with connect_items(index, deleted=False) as connection:
-            twice = connection.execute(
-                f"SELECT item_id, min({position}), max({position}) FROM items "
-                "GROUP BY item_id HAVING count(*) > 1 ORDER BY 3 LIMIT 1"
-            ).fetchone()
-    except duckdb.Error as error:
-        return [Damage("items", f"item ids cannot be compared: {' '.join(str(error).split())}")]
-    if twice is None:
-        return []
-    item_id, first, second = twice
-    end = 0
-    for shard in index.manifest.shards:
-        end += shard.items
-        if second < end:
-            reason = f"item_id {item_id!r} occurs twice, at positions {first} and {second}"
-            return [Damage(part_files(shard.name)[1], reason)]
-    raise AssertionError("a position beyond the last part")
 
 
 def _check_duplicates(index: StoredIndex, damaged: list[Damage]) -> list[Damage]:

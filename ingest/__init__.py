@@ -40,7 +40,7 @@ from .plan import read_job
 from .progress import Progress, ProgressCallback
 from .ray_engine import RayCluster
 from .signature import Signature, difference
-from .sources import Source, SourceItem, open_source, unique_ids
+from .sources import Source, SourceItem, open_source
 
 __all__ = [
     "ColumnNames",
@@ -67,5 +67,4 @@ __all__ = [
     "open_source",
     "read_job",
     "thumbnail",
-    "unique_ids",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from .listing import Listing, load
 from .signals import failed_download, opt_out, signal_columns
 from .signature import Signature, signature
 
-__all__ = ["ColumnNames", "Source", "SourceItem", "open_source", "unique_ids"]
+__all__ = ["ColumnNames", "Source", "SourceItem", "open_source"]
 
 _ROWS_AT_ONCE = 256
 _log = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ class Source:
         that is read.
 
         An item is the same whatever part it is read with. So `item_id` may repeat between items
-        whose identity is their content (no id column, images in the table): `unique_ids` over all
-        of them, in order, tells them apart.
+        whose identity is their content (no id column, images in the table): iterating over all of
+        them tells them apart.
         """
         positions = self.positions[start:stop]
         cells = self.listing.cells(positions)
@@ -163,18 +163,6 @@ class Source:
         ids = _Ids(frozenset(name for name in wanted if name))
         claims = ((place, ids.claim(name)) for place, name in enumerate(wanted) if name)
         return {place: item_id for place, (item_id, repeated) in claims if repeated}
-
-
-def unique_ids(ids: Sequence[str]) -> list[str]:
-    """Return the ids with repeated ones told apart: "~2", "~3" in order, the first unchanged.
-
-    No id of `ids` is given to another item; ids that are unique come back as they are.
-
-    >>> unique_ids(["a", "a", "a~2", "a"])
-    ['a', 'a~3', 'a~2', 'a~4']
-    """
-    claims = _Ids(frozenset(ids))
-    return [claims.claim(wanted)[0] for wanted in ids]
 
 
 def open_source(

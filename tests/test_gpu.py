@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,19 @@ import tiny
 import torch
 from conftest import png
 
-from headwater import Asking, Concept, Index, Model, RayCluster, Recipe, build_index
+from headwater import (
+    Asking,
+    Concept,
+    Index,
+    Model,
+    RayCluster,
+    Recipe,
+    SearchCluster,
+    build_index,
+)
 from headwater.attribution import METHODS, Engine, Execution, choose_batch
-from headwater.index import StoredIndex
+from headwater.index import StoredIndex, search
+from headwater.ingest import job
 from headwater.ingest.devices import Pictures, compute_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -115,6 +126,40 @@ def test_a_worker_of_a_cluster_gives_the_rows_of_a_device(
         ).read_bytes()
     last = json.loads((tmp_path / "cluster" / "ledger.jsonl").read_text().splitlines()[-1])
     assert last["details"]["devices"] == [torch.cuda.get_device_name(0)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_workers_with_a_gpu_each_give_the_rows_of_one(
+    tmp_path: Path, model_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(job, "SHARD_ITEMS", 2)  # images of a range, for both workers
+    model = Model.from_pretrained(model_folder, device="cpu", dtype="float32", runs_on="cuda")
+    settings: dict[str, Any] = {"recipe": Recipe(timesteps=2, dim=256), "batch_size": 2}
+    build_index(corpus, model, tmp_path / "one", devices=["cuda:0"], **settings)
+    monkeypatch.chdir(tmp_path)  # where workers look for modules: not in the unpacked repository
+    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        both = RayCluster(workers=2)
+        build_index(corpus, model, tmp_path / "two", devices=["cuda"], cluster=both, **settings)
+        index = StoredIndex.open(tmp_path / "one")
+        queries = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+        expected = search(index, queries, 5, exact=True)
+        for gpus in (1, 0):
+            with SearchCluster(tmp_path / "two", actors=2, gpus=gpus) as cluster:
+                found = cluster.search(queries, 5, exact=True)
+            np.testing.assert_array_equal(found[1], expected[1])
+    finally:
+        ray.shutdown()
+    last = json.loads((tmp_path / "two" / "ledger.jsonl").read_text().splitlines()[-1])
+    # The other may have been ready when all was done.
+    assert set(last["details"]["devices"]) <= {torch.cuda.get_device_name(n) for n in (0, 1)}
+    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")]
+    for name in names:
+        if name.name != "ledger.jsonl":
+            assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -108,7 +108,7 @@ def folder(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         (gpu, {"FROM_ROWS": 1000, "FROM_QUERIES": 1}),
         (gpu_cells, {"LIST_BYTES": 0}),
         (cells, {"cell_count": lambda rows: CELLS}),
-        (gpu_cells, {"cell_count": lambda rows: CELLS}),
+        (gpu, {"cell_count": lambda rows: CELLS}),
     ):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -119,12 +119,18 @@ def folder(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def small_gpu(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A GPU, or what stands for one, with memory for the codes and not for the rows."""
     index = StoredIndex.open(folder)
-    codes, rows = gpu_cells.codes_bytes(index, METRIC), gpu.rows_bytes(index)
+    codes, rows = needs(index)
     assert codes < rows
     monkeypatch.setattr(gpu, "room", lambda: (codes + rows) // 2)
     if request.param == "processor":
         stand_in(monkeypatch)
     return str(request.param)
+
+
+def needs(index: StoredIndex) -> tuple[int, int]:
+    """Bytes of a GPU for codes, and for rows."""
+    rows = len(index.ok_positions)
+    return gpu_cells.codes_bytes(rows, DIM, CELLS, METRIC), gpu.rows_bytes(rows, DIM)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, to_gpu: Callable[[Any], Any] = lambda e: e) -> None:
@@ -183,7 +189,7 @@ def test_every_searchable_row_stands_in_one_list(folder: Path) -> None:
     np.testing.assert_array_equal(np.sort(np.concatenate(numbers)), index.ok_positions)
     assert codes._sizes.sum() == len(index.ok_positions)
     used = sum(len(ids) for ids in numbers) * (file.code_size + 8)
-    assert used <= gpu_cells.codes_bytes(index, METRIC) <= 2 * used
+    assert used <= needs(index)[0] <= 2 * used
 
 
 def test_candidates_are_ascending_and_as_many_as_promised(folder: Path) -> None:
@@ -385,7 +391,7 @@ def test_what_the_memory_holds_is_chosen(
     monkeypatch.setattr(gpu, "Resident", Whole)
     index = StoredIndex.open(folder)
     scale = prepare(index, asked(), METRIC)[1]
-    rows, codes = gpu.rows_bytes(index), gpu_cells.codes_bytes(index, METRIC)
+    codes, rows = needs(index)
     for room, kind in ((None, Whole), (rows, Whole), (rows - 1, Inverted), (codes, Inverted)):
         assert type(gpu.hold(index, scale, METRIC, room)) is kind
     assert "searched by codes on the GPU" in caplog.text
@@ -447,11 +453,11 @@ def test_a_gpu_takes_the_codes_of_the_processor(folder: Path) -> None:
 def test_memory_of_a_gpu_is_told_and_given_back(folder: Path) -> None:
     index = StoredIndex.open(folder)
     scale = prepare(index, asked(), METRIC)[1]
-    gpu.hold(index, scale, METRIC, gpu_cells.codes_bytes(index, METRIC))  # FAISS's own is taken
+    gpu.hold(index, scale, METRIC, needs(index)[0])  # FAISS's own is taken
     before = gpu.room()
     assert before is not None
     assert before > 0
-    held = gpu.hold(index, scale, METRIC, gpu_cells.codes_bytes(index, METRIC))
+    held = gpu.hold(index, scale, METRIC, needs(index)[0])
     assert isinstance(held, Inverted)
     del held
     assert gpu.room() == before

@@ -11,8 +11,8 @@ from typing import Any
 import faiss as _faiss
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pytest
+from plain_index import write_index
 
 from headwater.index import IndexWriter, Metric, StoredIndex, accelerator, derived, merge, search
 from headwater.index import codes as store
@@ -23,7 +23,7 @@ from headwater.index.metrics import prepare
 from headwater.index.whitening import Whitening
 
 faiss: Any = _faiss
-DIM, N, SHARD = 128, 6000, 500
+DIM, N = 128, 6000
 METRIC = Metric("ip", "query", damping=3.0)
 
 
@@ -36,26 +36,6 @@ def make_rows(n: int = N) -> npt.NDArray[np.float32]:
     rows = (groups[rng.integers(0, 300, n)] + 0.5 * rng.standard_t(4, (n, DIM))) * spectrum
     rows[:, 0] += 2
     return (rows @ turned).astype(np.float32)
-
-
-def write_index(folder: Path, rows: npt.NDArray[np.float32]) -> None:
-    writer = IndexWriter.create(folder, feature_space_id="s", recipe={}, dim=DIM)
-    thumbs = pa.table({"item_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())})
-    for first in range(0, len(rows), SHARD):
-        ids = [str(i) for i in range(first, min(first + SHARD, len(rows)))]
-        items = pa.table(
-            {"item_id": ids, "status": ["ok"] * len(ids), "error": pa.nulls(len(ids), pa.string())}
-        )
-        writer.add_shard(items, rows[first : first + SHARD], thumbs)
-    values, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows)
-    writer.write_curvature(
-        {
-            "eigenvalues": values[::-1],
-            "eigenvectors": np.ascontiguousarray(vectors[:, ::-1]),
-            "rows": np.array(len(rows)),
-        }
-    )
-    writer.finish()
 
 
 @pytest.fixture(scope="module")

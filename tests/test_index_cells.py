@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pytest
 from conftest import Command
+from plain_index import SHARD, Rows, add, write_index
 
 from headwater.index import (
     IndexWriter,
@@ -28,12 +28,11 @@ from headwater.index.cells import Calibration, Cells, Measured
 from headwater.index.metrics import prepare
 from headwater.queries.ask import _told
 
-DIM, N, SHARD, CELLS = 128, 6000, 500, 32
+DIM, N, CELLS = 128, 6000, 32
 METRIC = Metric("ip", "query", damping=3.0)
 METRICS = [Metric(s, p) for s in ("ip", "cosine") for p in ("none", "query", "both")]
 METRICS += [Metric(s, "query") for s in ("relative", "standard")]
 GROUPS = np.random.default_rng(99).standard_normal((40, DIM))
-Rows = npt.NDArray[np.float32]
 
 
 def crowds(n: int = N, seed: int = 0) -> Rows:
@@ -45,30 +44,6 @@ def crowds(n: int = N, seed: int = 0) -> Rows:
 def fog(n: int = N) -> Rows:
     """Rows in all directions alike: no cell is better than another."""
     return np.random.default_rng(3).standard_normal((n, DIM)).astype(np.float32)
-
-
-def write_index(folder: Path, rows: Rows) -> None:
-    with IndexWriter.create(folder, feature_space_id="s", recipe={}, dim=DIM) as writer:
-        add(writer, rows, 0)
-        values, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows)
-        writer.write_curvature(
-            {
-                "eigenvalues": values[::-1],
-                "eigenvectors": np.ascontiguousarray(vectors[:, ::-1]),
-                "rows": np.array(len(rows)),
-            }
-        )
-        writer.finish()
-
-
-def add(writer: IndexWriter, rows: Rows, number: int) -> None:
-    thumbs = pa.table({"item_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())})
-    for first in range(0, len(rows), SHARD):
-        ids = [str(number + i) for i in range(first, min(first + SHARD, len(rows)))]
-        items = pa.table(
-            {"item_id": ids, "status": ["ok"] * len(ids), "error": pa.nulls(len(ids), pa.string())}
-        )
-        writer.add_shard(items, rows[first : first + SHARD], thumbs)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -31,9 +34,10 @@ METRICS = [
     for preconditioning in ("none", "query", "both")
 ] + [Metric(similarity, "query", damping=0.5) for similarity in ("relative", "standard")]
 ON_GPU = pytest.param(
-    True,
+    "gpu",
     marks=pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it"),
 )
+PIECE_ROWS = 300  # no multiple of a shard's
 
 
 def write_index(
@@ -126,28 +130,47 @@ def asked(index: StoredIndex, n: int = 7) -> Float64:
     return rows[rng.integers(0, 800, n)] - rows[rng.integers(0, 800, n)]
 
 
-@pytest.mark.parametrize("on_gpu", [False, ON_GPU])
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, if there is one, takes the rows of any index, a small one in several pieces."""
+    monkeypatch.setattr(gpu, "FROM_ROWS", 1)
+    monkeypatch.setattr(gpu, "FROM_QUERIES", 1)
+    monkeypatch.setattr(gpu, "PIECE_BYTES", 2 * DIM * PIECE_ROWS)
+    monkeypatch.setattr(gpu, "_HELD", WeakKeyDictionary())  # no rows of a test before
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, flat: Callable[[int], Any]) -> None:
+    """A flat index on the processor, in single precision, for one on a GPU."""
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(gpu, "honours_selectors", lambda: True)
+    monkeypatch.setattr(gpu, "room", lambda: None)
+    monkeypatch.setattr(gpu, "_flat", flat)
+
+
+@pytest.mark.parametrize("way", ["blocks", "pieces", ON_GPU])
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: f"{m.similarity}-{m.preconditioning}")
 def test_equals_dense_float64(
     index: StoredIndex,
     metric: Metric,
     largest: bool,
-    on_gpu: bool,
+    way: str,
+    pieces: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    queries, used = asked(index), []
-    if on_gpu:
-        real = gpu.Resident.candidates
-        monkeypatch.setattr(gpu, "FROM_ROWS", 1)
-        monkeypatch.setattr(gpu, "FROM_QUERIES", 1)
-        monkeypatch.setattr(gpu.Resident, "candidates", lambda *a: used.append(1) or real(*a))
+    if way == "pieces":
+        stand_in(monkeypatch, faiss.IndexFlatIP)
+    queries = asked(index)
     truth = reference(index, queries, metric)
-    for positions in (index.ok_positions, index.ok_positions[::2]):
+    some = index.ok_positions[PIECE_ROWS // 2 : -PIECE_ROWS : 2]  # none of the last piece
+    for positions in (index.ok_positions, some):
+        by: set[str] = set()
         found, where = search(
-            index, queries, 20, metric=metric, largest=largest, positions=positions,
-            exact=not on_gpu,
+            index, queries, 20, metric=metric, largest=largest, positions=positions, proposers=by,
+            exact=way == "blocks",
         )  # fmt: skip
+        proposed = way != "blocks" and (positions is not some or gpu.honours_selectors())
+        assert by == ({"gpu"} if proposed else set())
         for values, got, row in zip(truth, found, where, strict=True):
             allowed = values[positions]
             best = np.sort(allowed)[::-1][:20] if largest else np.sort(allowed)[:20]
@@ -155,7 +178,35 @@ def test_equals_dense_float64(
             np.testing.assert_allclose(got, best, atol=tolerance, rtol=0)
             np.testing.assert_allclose(got, values[row], atol=tolerance, rtol=0)
             assert np.isin(row, positions).all()
-    assert len(used) == (2 if on_gpu else 0)
+
+
+def test_rows_are_there_once_and_a_piece_twice(
+    index: StoredIndex, pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAISS copies what a piece has to new room for it and what is added."""
+    made: list[faiss.IndexFlatIP] = []
+    peak = 0
+
+    class Exact(faiss.IndexFlatIP):  # type: ignore[misc]
+        def add(self, rows: npt.NDArray[np.float32]) -> None:
+            nonlocal peak
+            held = sum(piece.ntotal for piece in made)
+            super().add(rows)
+            peak = max(peak, held + self.ntotal)
+
+    def flat(dim: int) -> Any:
+        made.append(Exact(dim))
+        return made[-1]
+
+    stand_in(monkeypatch, flat)
+    monkeypatch.setattr(gpu, "_BLOCK_ROWS", 100)
+    metric = METRICS[0]
+    gpu.Resident(index, row_scale(index, metric), metric)
+    count = len(index.ok_positions)
+    assert [piece.ntotal for piece in made] == [300, 300, count - 600]
+    needed = gpu.rows_bytes(count, DIM) / (2 * DIM + 4)
+    assert needed - PIECE_ROWS < peak <= needed
+    assert gpu.rows_bytes(PIECE_ROWS, DIM) == 2 * PIECE_ROWS * (2 * DIM + 4)
 
 
 def test_a_gpu_is_tried_once_and_not_for_the_first_queries(
@@ -169,7 +220,7 @@ def test_a_gpu_is_tried_once_and_not_for_the_first_queries(
 
     index = StoredIndex.open(index.folder)
     monkeypatch.setattr(gpu, "available", lambda: True)
-    monkeypatch.setattr(gpu, "room", lambda: gpu.rows_bytes(index))
+    monkeypatch.setattr(gpu, "room", lambda: gpu.rows_bytes(N, DIM))
     monkeypatch.setattr(gpu, "Resident", full)
     monkeypatch.setattr(gpu, "FROM_ROWS", 1)
     monkeypatch.setattr(gpu, "FROM_QUERIES", 10)
@@ -182,7 +233,7 @@ def test_a_gpu_is_tried_once_and_not_for_the_first_queries(
 
 @pytest.mark.skipif(not gpu.available(), reason="no GPU, or a FAISS built without it")
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: f"{m.similarity}-{m.preconditioning}")
-def test_half_precision_scores_on_a_gpu(index: StoredIndex, metric: Metric) -> None:
+def test_half_precision_scores_on_a_gpu(index: StoredIndex, metric: Metric, pieces: None) -> None:
     queries = asked(index)
     vectors, scale = prepare(index, queries, metric)
     resident = gpu.Resident(index, scale, metric)
@@ -239,9 +290,12 @@ def test_a_row_outside_of_the_curvature_has_no_deviation() -> None:
     curvature = Curvature(np.geomspace(1, 1e-6, RANK), turned[:, :RANK], N)
     rows = np.stack([*turned.T, np.zeros(DIM)])
     assert ((rows[RANK:DIM] @ curvature.eigenvectors) != 0).any()
-    found = curvature.deviations(rows, 0.5)
+    found = curvature.lengths(rows, 0.5, "standard")
     assert (found[:RANK] > 0).all()
     assert not found[RANK:].any()
+    lam = 0.5 * np.geomspace(1, 1e-6, RANK).sum() / N
+    for similarity, length in (("cosine", lam**-0.5), ("relative", 1 / lam)):
+        np.testing.assert_allclose(curvature.lengths(rows, 0.5, similarity)[RANK:-1], length)
 
 
 def test_solve_is_what_attribution_computes(index: StoredIndex) -> None:

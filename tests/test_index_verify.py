@@ -474,6 +474,7 @@ def test_curvature_with_nan_is_damaged(index: Path) -> None:
         ("rows", lambda a: np.array([a]), "usable rows"),
         ("eigenvalues", lambda a: a * 1.002, "its trace is"),
         ("eigenvalues", lambda a: a[1:], "its trace is"),
+        ("eigenvectors", lambda a: a[:, 1:], "not (24, 24)"),
         ("gram", lambda a: a * 7, "its trace is"),
     ],
 )
@@ -483,16 +484,43 @@ def test_curvature_of_other_rows_is_found(
     stored = StoredIndex.open(index)
     rows = np.concatenate([block for _, block in stored.blocks(weighted=False)]).astype(float)
     gram = rows.T @ rows
-    curvature = {"gram": gram, "eigenvalues": np.linalg.eigvalsh(gram)[::-1]}
-    with IndexWriter.open(index) as writer:
-        writer.write_curvature(curvature | {"rows": np.array(len(rows))})
-        writer.finish(event="test")
+    write_curvature(index, {"gram": gram, **eigenpairs(gram), "rows": np.array(len(rows))})
     assert verify(index).whole
     path = f"curvature/00003/{name}.npy"
     forge(index, path, npy(change(np.load(index / path))))
     found = verify(index)
-    assert named(found)[0] == path
-    assert problem in found.damaged[0].problem
+    told = {damage.file: damage.problem for damage in found.damaged}
+    assert problem in told[path]
+
+
+def eigenpairs(gram: np.ndarray[Any, Any]) -> dict[str, Any]:
+    values, vectors = np.linalg.eigh(gram)
+    return {"eigenvalues": values[::-1], "eigenvectors": vectors[:, ::-1]}
+
+
+def write_curvature(index: Path, arrays: dict[str, Any]) -> None:
+    with IndexWriter.open(index) as writer:
+        writer.write_curvature(arrays)
+        writer.finish(event="test")
+
+
+@pytest.mark.parametrize("left", [[], ["rows", "eigenvalues"], ["gram", "gram_peak"]])
+def test_a_curvature_of_an_ingest_that_is_not_listed_is_damage(
+    corpus: Path, model_folder: Path, tmp_path: Path, left: list[str]
+) -> None:
+    """The manifest agrees with the ledger, and what it lists is there: too little."""
+    folder = tmp_path / "idx"
+    model = hw.Model.from_pretrained(model_folder, device="cpu")
+    hw.build_index(corpus, model, folder, recipe=hw.Recipe(dim=8, timesteps=1))
+    arrays = {name: np.array(array) for name, array in StoredIndex.open(folder).curvature().items()}
+    assert verify(folder).whole
+    write_curvature(folder, {name: arrays[name] for name in left})
+    (damage,) = verify(folder).damaged
+    assert damage.file == "manifest.json"
+    missing = [n for n in ("eigenvalues", "eigenvectors", "rows") if n not in left]
+    assert damage.problem == f"it lists no {' and no '.join(missing)} of the curvature"
+    hw.delete(folder, where="true")  # no row, no curvature
+    assert verify(folder).whole
 
 
 def test_files_and_folders_that_lead_out_are_refused(index: Path, tmp_path: Path) -> None:
@@ -599,7 +627,7 @@ def test_what_duckdb_cannot_read_is_damage(tmp_path: Path, monkeypatch: pytest.M
         raise duckdb.IOException("IO Error: it\ncannot")
 
     folder = write_index(tmp_path / "i")
-    monkeypatch.setattr(sys.modules["headwater.index.verify"], "connect_items", fail)
+    monkeypatch.setattr(sys.modules["headwater.index.agreement"], "connect_items", fail)
     (damage,) = verify(folder).damaged
     assert damage.file == "items"
     assert damage.problem == "item ids cannot be compared: IO Error: it cannot"

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from test_tar_shards import samples, write_img2dataset, write_tar
 
 import headwater as hw
 from headwater.index import Catalog, Metric, StoredIndex, connected, search
+from headwater.index.actors import ShardHolder
+from headwater.index.manifest import read_manifest
 from headwater.ingest import RayCluster, job, ray_engine
 from headwater.ingest.ray_engine import RangeWorker, Task
 from headwater.ingest.sources import Source, open_source
@@ -312,6 +315,33 @@ def test_another_index_than_the_clusters_is_refused(
         other.stored.manifest = changed
         with pytest.raises(hw.QueryError, match="earlier state"):
             other.query(hw.Concept("a cat"), model, cluster=cluster)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cluster", "room"),
+    [
+        (0, {"CPU": 8.0, "GPU": 2.0}, 8),
+        (1, {"CPU": 8.0, "GPU": 2.0}, 2),
+        (0.25, {"CPU": 8.0, "GPU": 1.0}, 4),
+        (0.1, {"CPU": 8.0, "GPU": 2.0}, 8),
+        (1, {"CPU": 8.0}, 1),  # a machine that joins may have one
+    ],
+)
+def test_as_many_actors_as_there_is_room_for(
+    alone: Path, gpus: float, cluster: dict[str, float], room: int
+) -> None:
+    searching = hw.SearchCluster(alone, gpus=gpus)
+    searching._ray = SimpleNamespace(cluster_resources=lambda: cluster)
+    assert searching._room() == room
+
+
+def test_an_actor_without_a_gpu_sees_none(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    holder = ShardHolder(str(alone), read_manifest(alone))
+    holder.ready(on_gpu=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"  # as Ray has set it
+    holder.ready(on_gpu=False)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_what_a_machine_does_not_see_is_named(model: hw.Model, pictures: Path) -> None:

@@ -26,8 +26,8 @@ from headwater.ingest import (
     SourceItem,
     build_index,
     open_source,
-    unique_ids,
 )
+from headwater.ingest.sources import _Ids
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,7 +161,7 @@ def test_any_part_holds_what_the_whole_does(tmp_path: Path) -> None:
                 == (whole[start:stop])
             )
         streamed = list(source)
-        assert ids(streamed) == unique_ids(ids(whole))
+        assert ids(streamed) == told_apart(ids(whole))
         assert [replace(item, item_id="") for item in streamed] == [
             replace(item, item_id="") for item in whole
         ]
@@ -183,17 +183,22 @@ def test_a_part_reads_nothing_before_it(tmp_path: Path) -> None:
         list(open_source(path).part(19, 60))
 
 
-def test_unique_ids_against_a_plain_loop() -> None:
-    ids = ["a", "a", "a~2", "a", "b", "a~2", "a~3", "b", "c"]
+def told_apart(names: list[str]) -> list[str]:
+    """Repeated ids get "~2", "~3", ..., the first that no item has, before or after."""
     taken: list[str] = []
-    for wanted in ids:
+    for wanted in names:
         name, number = wanted, 2
-        while name in taken or (name != wanted and name in ids):
+        while name in taken or (name != wanted and name in names):
             name, number = f"{wanted}~{number}", number + 1
         taken.append(name)
-    assert unique_ids(ids) == taken
-    assert len(set(taken)) == len(ids)
-    assert unique_ids(taken) == taken
+    return taken
+
+
+def test_repeated_ids_against_a_plain_loop() -> None:
+    names = ["a", "a", "a~2", "a", "b", "a~2", "a~3", "b", "c"]
+    claims = _Ids(frozenset(names))
+    assert [claims.claim(wanted)[0] for wanted in names] == told_apart(names)
+    assert len(set(told_apart(names))) == len(names)
 
 
 def test_items_of_one_content_get_one_row(tmp_path: Path, model_folder: Path) -> None:
