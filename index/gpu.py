@@ -35,7 +35,9 @@ FROM_ROWS = 100_000  # below, copying the rows takes longer than many questions 
 # the one question of a command is answered sooner without.
 FROM_QUERIES = 100  # asked of an index in this process, a question's seeds each for itself
 MOST_RESULTS = 2048  # of a search on a GPU, by FAISS
-PIECE_BYTES = 2**30  # scanned in about a millisecond, many times what a call costs
+# Of rows, scanned by one call: a million of 4,096 numbers. In four pieces they took 5.7 ms instead of
+# 3.2, in sixteen 14 (benchmarks/results/index.md); of more, what a call costs is lost in the scan.
+PIECE_BYTES = 2**33
 _SCRATCH_BYTES = 3 * 2**30  # left free: FAISS itself takes half of it, libraries and searches more
 _BLOCK_ROWS = 8192
 
