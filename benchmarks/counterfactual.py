@@ -12,7 +12,9 @@ loss_rise        of the denoising loss on unseen pictures of the concept
 loss_collateral  the same on pictures of all other concepts
 
 "random" removes any pictures, "random carriers" those of the concept first, which takes labels: a
-method that does no better than that has found membership, not influence.
+method that does no better than that has found membership, not influence. "asked captions first"
+removes, of the carriers, those under the captions that are asked with first: a method that does no
+better than that owes its effect to taking all of a few captions' pictures, not to which they are.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from headwater.benchmarks.measure import BASELINES, answerable
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.parts import Parts
 from headwater.benchmarks.presence import Sampling, losses, presence, probe_of
-from headwater.benchmarks.removal_record import CARRIERS, SCHEMA, write
+from headwater.benchmarks.removal_record import ASKED_FIRST, CARRIERS, SCHEMA, write
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, train
 from headwater.benchmarks.runs import begin, given
 from headwater.benchmarks.study import Configuration, Question, Study, answer
@@ -334,6 +336,9 @@ def scores_of(
             yield name, partial(baseline, study)
     truth = np.stack([question.truth for question in study.questions], 1).astype(float)
     yield CARRIERS, lambda: truth
+    captions = np.array(study.corpus.captions)
+    asked = np.stack([captions == question.prompt for question in study.questions], 1)
+    yield ASKED_FIRST, lambda: truth + (truth * asked)
     for configuration in answerable(study, methods, say):
 
         def scores(configuration: Configuration = configuration) -> npt.NDArray[np.float64]:

@@ -174,6 +174,19 @@ def test_removals_take_the_first_and_share_ties_by_chance(base: Model) -> None:
     assert all(removal.carriers(trained) == 0.5 for removal in drawn)
 
 
+def test_asked_captions_come_first_among_carriers(base: Model) -> None:
+    trained = tiny_material.pictures()
+    study = counterfactual.study_of(base, trained, ("object",), 1, 1, 1, replicate=0)
+    (question,) = study.questions
+    scores = dict(counterfactual.scores_of(study, (), print))[removal_record.ASKED_FIRST]()[:, 0]
+    shows = question.truth
+    asked = shows & (np.array(trained.captions) == question.prompt)
+    assert asked.any()
+    assert (shows & ~asked).any()
+    assert scores[asked].min() > scores[shows & ~asked].max()
+    assert scores[shows].min() > scores[~shows].max()
+
+
 def test_equal_removals_are_of_one_model() -> None:
     first = Removal(0, "a", "object", "cat", 0.5, np.array([3, 1]))
     assert first.key == replace(first, method="b", rows=np.array([1, 3])).key
@@ -277,10 +290,10 @@ def test_the_whole_benchmark_leaves_a_record(
     said: list[str] = []
     table = counterfactual.run(tmp_path, device="cpu", say=said.append, **SETTINGS)
     rows = table.to_pylist()
-    assert len(rows) == 2 * 2 * 5  # seeds, concepts, methods
+    assert len(rows) == 2 * 2 * 6  # seeds, concepts, methods
     assert {row["removed"] for row in rows} == {10}
     for row in rows:
-        if row["method"] == removal_record.CARRIERS:
+        if row["method"] in (removal_record.CARRIERS, removal_record.ASKED_FIRST):
             assert row["carriers_removed"] == 1.0
     assert pq.read_table(tmp_path / "counterfactual.parquet").equals(table)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -289,7 +302,7 @@ def test_the_whole_benchmark_leaves_a_record(
     text = (tmp_path / "counterfactual.md").read_text()
     assert "## 25% of the corpus removed" in text
     assert (tmp_path / "counterfactual-drop.png").is_file()
-    assert any(line.startswith("20 removals") for line in said)
+    assert any(line.startswith("24 removals") for line in said)
 
     trained: list[int] = []  # models at a time
     most = [2]  # of everything, and some of those trained again
