@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from headwater.benchmarks.errors import BenchmarkError
-from headwater.queries import QUALITY, Asking, company_of, drawn_captions
+from headwater.queries import Asking, company_of, drawn_captions
 
 if TYPE_CHECKING:
     from headwater.benchmarks.study import Corpus, Question, Study
@@ -18,6 +18,7 @@ FURTHER = {
     "contexts": "says its concept in other company",
     "company": "says its concept beside captions",
 }
+COMPANY = 4  # captions that `headwater-company` says a concept beside
 
 
 def further_pairs(
@@ -38,18 +39,17 @@ def further_pairs(
 
 
 def in_company(questions: Sequence[Question], corpus: Corpus) -> tuple[Question, ...]:
-    """The questions with the company that `headwater query --quality` asks them in.
+    """The questions with the company that `headwater query --company` asks them in.
 
     Captions are drawn as from an index of this corpus. All questions get as many, so that they can
     be asked together: as many as the one that finds the fewest; none, where one does not say its
     concept alone.
     """
-    count = QUALITY["company"]
     said = [{question.prompt, question.contrast, question.alone} for question in questions]
     items = zip(corpus.keys, corpus.captions, strict=True)
-    captions = drawn_captions(items, count + max(map(len, said), default=0), Asking.seed)
+    captions = drawn_captions(items, COMPANY + max(map(len, said), default=0), Asking.seed)
     found = [
-        company_of(question.alone, captions, count, texts) if question.alone else ()
+        company_of(question.alone, captions, COMPANY, texts) if question.alone else ()
         for question, texts in zip(questions, said, strict=True)
     ]
     fewest = min(map(len, found), default=0)

@@ -144,13 +144,13 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="or averaged over several contexts: what concept and company make of each other fades",
     ),
-    "headwater-quality": Definition(
+    "headwater-company": Definition(
         method="dtrak",
         scaling="timestep",
         query="company",
         similarity="standard",
         source="ours",
-        why="what --quality asks: contexts are captions of the corpus, so nobody words them",
+        why="and contexts are captions of the corpus, so nobody words them",
     ),
     "headwater-image": Definition(
         method="probe",

@@ -249,12 +249,13 @@ def query(
     contexts: Annotated[
         list[str] | None,
         typer.Option(
-            "--context", help="The concept in other company: 'PROMPT | CONTRAST'; repeatable."
+            "--context",
+            help="In other company, to find all that shows it: 'PROMPT | CONTRAST'; repeatable.",
         ),
     ] = None,
     company: Annotated[
-        int | None, typer.Option(help="Say --alone beside so many captions of the corpus, too.")
-    ] = None,
+        int, typer.Option(help="The same: --alone beside so many captions of the corpus.")
+    ] = 0,
     image: Annotated[Path | None, typer.Option(help="Ask about this picture.")] = None,
     method: Annotated[str, typer.Option(help="contrast, slider, image or journey.")] = "contrast",
     seeds: Annotated[int | None, typer.Option(help="Pictures or noise draws.")] = None,
@@ -272,9 +273,7 @@ def query(
     ] = None,
     quality: Annotated[
         bool,
-        typer.Option(
-            "--quality", help="Standard scores, twice the pictures; if --alone, --company 4."
-        ),
+        typer.Option("--quality", help="What mattered most: standard scores, twice the pictures."),
     ] = False,
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[
@@ -308,14 +307,13 @@ def query(
         "similarity": similarity,
         "damping": damping,
         "guidance": guidance,
-        "company": company,
     }
-    best = {k: v for k, v in QUALITY.items() if alone or k != "company"} if quality else {}
     asking = Asking(
         method=method,
         seed=seed,
         preconditioning=preconditioning,
-        **(best | {k: v for k, v in given.items() if v is not None}),
+        company=company,
+        **((QUALITY if quality else {}) | {k: v for k, v in given.items() if v is not None}),
     )
     pairs = tuple(_pair(text) for text in contexts or ())
     concept = Concept(prompt, contrast, image, alone=alone, contexts=pairs)

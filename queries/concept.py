@@ -24,8 +24,9 @@ from .errors import QueryError
 DAMPINGS = {"contrast": 10.0, "slider": 10.0, "reward": 10.0}
 SHARES = {"image": 0.25, "journey": 0.25}
 KINDS = ("contrast", "slider", "image", "journey", "reward")
-# What asks best regardless of cost (fields of Asking); `company` is for a concept said alone too.
-QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16, "company": 4}
+# What finds best, regardless of cost, what taught a concept (fields of Asking). Not in company,
+# which finds more that shows the concept and ranks first what mattered less: docs/influence.md.
+QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16}
 
 
 @dataclass(frozen=True)

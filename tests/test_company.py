@@ -19,11 +19,11 @@ from conftest import Command, png
 
 from headwater import Asking, Concept, Index, Model, QueryError, Recipe, Result, build_index, delete
 from headwater.attribution import Engine, contrast_rows
-from headwater.benchmarks.further import in_company
+from headwater.benchmarks.further import COMPANY, in_company
 from headwater.benchmarks.study import Corpus, Question, Study, query_rows
 from headwater.index import plain_json
 from headwater.ingest import job
-from headwater.queries import QUALITY, company_of, drawn_captions
+from headwater.queries import company_of, drawn_captions
 
 RECIPE = Recipe(timesteps=1, dim=64)
 SAID = ["a red cat", "a red drawing", "cat"]  # prompt, contrast, alone
@@ -218,9 +218,8 @@ def test_the_command_asks_in_company(
 
     assert pairs(*alone, "--company", 2) == 2
     assert pairs(*alone) == 0
-    assert pairs("--quality") == 0
-    assert pairs("--quality", *alone) == QUALITY["company"]
-    assert pairs("--quality", *alone, "--company", 0) == 0
+    assert pairs(*alone, "--quality") == 0
+    assert pairs(*alone, "--quality", "--company", 2) == 2
     code, _, err = headwater("query", index, "--model", model_folder, *told, "--company", 2)
     assert code == 2
     assert "give --alone" in err
@@ -236,7 +235,7 @@ def test_a_study_asks_in_the_company_of_an_index_of_its_corpus(index: Path, mode
     found = in_company(asked, corpus)
     for question, before in zip(found, asked, strict=True):
         concept = Concept(before.prompt, before.contrast, alone=before.alone)
-        one = ask(index, model, concept, company=QUALITY["company"]).question
+        one = ask(index, model, concept, company=COMPANY).question
         assert [list(pair) for pair in question.company] == one["contexts"]
         assert replace(question, company=()) == before
         pictures = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0))

@@ -12,10 +12,9 @@ import torch
 
 from headwater import Asking
 from headwater.attribution import METHODS, Engine, Model, Recipe
-from headwater.benchmarks.further import in_company
+from headwater.benchmarks.further import COMPANY, in_company
 from headwater.benchmarks.methods import METHODS_TABLE, configurations
 from headwater.benchmarks.study import Corpus, Question, Study, answer
-from headwater.queries import QUALITY
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SMALL = Recipe(dim=64, timesteps=2, steps=4)
@@ -41,7 +40,7 @@ def test_the_readme_gives_the_options_of_every_method(name: str) -> None:
     more = {
         "effect": "--alone TEXT",
         "contexts": "--context PAIR",
-        "company": f"--alone TEXT --company {QUALITY['company']}",
+        "company": f"--alone TEXT --company {COMPANY}",
     }.get(row.query)
     if more is not None:  # a contrast that is told more of the concept
         assert f"| {name} | the defaults | `{more} --similarity {row.similarity}` |" in README

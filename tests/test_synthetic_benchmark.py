@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     **synthetic.SMALL,
     "images": 120,
     "pictures": 2,
-    "methods": ["headwater", "d-trak", "headwater-quality"],
+    "methods": ["headwater", "d-trak", "headwater-company"],
     "training": {
         **synthetic.SMALL["training"],
         "vae_steps": 4,
@@ -213,7 +213,7 @@ def test_the_record_is_whole(measured: tuple[Path, pa.Table]) -> None:
     assert (out / "top10.png").is_file()
     methods = set(table["method"].to_pylist())
     # Three captions are company enough, two for who says one of them itself.
-    assert methods >= {"headwater", "headwater-quality", "d-trak", "random"}
+    assert methods >= {"headwater", "headwater-company", "d-trak", "random"}
     assert "ceiling of one ranking" in methods
     assert "headwater, untrained model" in methods
 
