@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from .errors import ModelError
 # Eigenvalues below this share of the largest are rounding: their term s / (s + lambda) is nil.
 _NEGLIGIBLE = 1e-12
 # What `Curvature.damping` chooses from: answers hardly differ between two of them, and what is
-# derived for one (codes, lengths of rows) stays valid when a few rows come or go.
+# derived for one (codes of an inner product) stays valid when a few rows come or go.
 HALF_DECADES = (*(float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 3)), 1000.0)
 
 
@@ -57,7 +57,7 @@ class Curvature:
         return float(self.eigenvalues.sum()) / self.rows
 
     def effective_dimension(self, damping: float) -> float:
-        """trace K (K + lambda)^-1: how many directions are divided by K more than by lambda.
+        """trace K (K + lambda)^-1: directions, each counted as far as K outweighs lambda in it.
 
         From 0, for a large damping, to the rank of the rows.
         """
@@ -122,9 +122,8 @@ def dual_curvature(features: Tensor) -> Curvature:
     """Curvature of rows [N, dim] through the N x N matrix, for fewer rows than dimensions."""
     phi = features.double()
     values, vectors = torch.linalg.eigh(phi @ phi.mT)
-    solid = values > values[-1] * _NEGLIGIBLE
-    values, vectors = values[solid], vectors[:, solid]
-    return _pairs(values, (phi.mT @ vectors) / values.sqrt(), len(phi))
+    dual = _pairs(values, vectors, len(phi))
+    return replace(dual, eigenvectors=(phi.mT @ dual.eigenvectors) / dual.eigenvalues.sqrt())
 
 
 def _pairs(values: Tensor, vectors: Tensor, rows: int) -> Curvature:

@@ -118,7 +118,7 @@ class Engine:
 
         through = self.method.through_input
 
-        def probe() -> Tensor:
+        def checked() -> Tensor:
             gradient, norm, e = self.raw_gradient(point, self.method.cotangent, through)
             parts = [e.flatten(1) / e.flatten(1).norm(dim=1, keepdim=True), _unit(gradient, norm)]
             if self.recipe.trajectory == "inversion":  # passes without gradients: another graph
@@ -130,10 +130,10 @@ class Engine:
 
         with self.uncompiled():
             graph.measure(lambda: self.model.output(point.x_t, point.t, states), len(x_0))
-            plain = probe()
+            plain = checked()
         self._tried = True
         try:
-            difference = float((probe() - plain).norm() / plain.norm())
+            difference = float((checked() - plain).norm() / plain.norm())
             if difference <= _COMPILED[self.recipe.dtype]:
                 return
             reason = (

@@ -69,7 +69,8 @@ class Method:
     source: str
     weight: Weight | None = None  # factor of a row's score; None: 1
     against_null: bool = False  # whether a row is J^T v less the same of the empty prompt
-    drawn: Callable[[int], Cotangent] | None = None  # makes the cotangent of a recipe's seed
+    # Makes the cotangent of a recipe's seed (`method_of`); the one above is that of seed 0.
+    drawn: Callable[[int], Cotangent] | None = None
 
 
 def denoising(model: Model, point: Point, e: Tensor) -> Tensor:

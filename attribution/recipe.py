@@ -48,7 +48,7 @@ class Recipe:
     # layer's part to unit norm; "none": as it is.
     scaling: str = "timestep"
     dtype: str = "auto"  # of the denoiser's passes; cotangents and rows are always float32
-    seed: int = 0  # of projection and noise
+    seed: int = 0  # of projection, noise and probe
 
     def __post_init__(self) -> None:
         """Refuse values that nothing can be computed with."""

@@ -19,6 +19,7 @@ better than that owes its effect to taking all of a few captions' pictures, not 
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -223,7 +224,8 @@ def run(
         def retrained(part: Sequence[Job] = jobs[start : start + at_once]) -> pa.Table:
             return knowledge(train(base, lessons, part, training, at_once=at_once, say=say))
 
-        after += begun.parts.once(retrained, "after", start).to_pylist()
+        which = hashlib.sha256(repr(list(different)[start : start + at_once]).encode()).hexdigest()
+        after += begun.parts.once(retrained, "after", start, which).to_pylist()
     place = {key: number for number, key in enumerate(different)}
     records = [
         {

@@ -31,11 +31,13 @@ from headwater.attribution.recipe import CODE_VERSION
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.parts import Parts
 
-# What a record was made with; `code` counts changes of what a row is.
-PINS = ("headwater", "commit", "code", "device", "model", "corpus")
+# What a record was made with; `code` counts changes of what a row is, `tables` of what is kept.
+PINS = ("headwater", "commit", "code", "tables", "device", "model", "corpus")
+# Raise it when tables get other columns, or another lambda becomes the label-free one.
+TABLES_VERSION = 2
 # What decides numbers so that parts of one run and of another do not go together; the device, as
 # precision is chosen by it.
-DECIDING = ("benchmark", "settings", "code", "device", "model", "corpus")
+DECIDING = ("benchmark", "settings", "code", "tables", "device", "model", "corpus")
 _CPU = torch.device("cpu")
 _NO_SETTINGS = ("world", "intro", "out", "device", "say")
 _replayed: ContextVar[Mapping[str, Any]] = ContextVar("replayed")
@@ -90,6 +92,7 @@ def begin(
         "headwater": _version(),
         "commit": _commit(),
         "code": CODE_VERSION,
+        "tables": TABLES_VERSION,
         "device": where.type,
         "model": None if model is None else dict(model.fingerprint),
         "corpus": corpus,

@@ -107,7 +107,7 @@ def ingest(
     projection: Annotated[
         str, typer.Option(help="sjlt, mask, factored, trak or identity.")
     ] = "sjlt",
-    seed: Annotated[int, typer.Option(help="Of noise and projection.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of noise, projection and probe.")] = 0,
     lora: Lora = None,
     batch_size: Annotated[
         int | None,
@@ -259,7 +259,7 @@ def query(
     image: Annotated[Path | None, typer.Option(help="Ask about this picture.")] = None,
     method: Annotated[str, typer.Option(help="contrast, slider, image or journey.")] = "contrast",
     seeds: Annotated[int | None, typer.Option(help="Pictures or noise draws.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first, and of --company.")] = 0,
     top: Annotated[int, typer.Option(help="Length of the ranking.")] = 10,
     bottom: Annotated[
         bool, typer.Option("--bottom", help="The other end: what taught against it.")
@@ -273,7 +273,7 @@ def query(
     ] = None,
     quality: Annotated[
         bool,
-        typer.Option("--quality", help="What mattered most: standard scores, twice the pictures."),
+        typer.Option("--quality", help="Regardless of cost: standard scores, twice the pictures."),
     ] = False,
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[

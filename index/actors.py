@@ -332,7 +332,11 @@ class SearchCluster:
         """How many actors the cluster has room for."""
         whole = self._ray.cluster_resources()
         processors = int(whole.get("CPU", 1))
-        gpus = int(whole.get("GPU", 0) / self._gpus) if self._gpus else processors
+        if not self._gpus:
+            return max(1, processors)
+        gpus = int(whole.get("GPU", 0))
+        # A share lies on one GPU: what is left of each is lost.
+        gpus = gpus * int(1 / self._gpus + 1e-9) if self._gpus < 1 else int(gpus / self._gpus)
         return max(1, min(processors, gpus))
 
     def _start(self) -> None:

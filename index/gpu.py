@@ -2,7 +2,7 @@
 
 Rows are kept in half precision with their scale folded in, so a score there is good to a part in a
 hundred of the largest: a few more rows than asked for are looked at again on the processor, which
-gives the same scores as a search without a GPU. They lie in pieces of a GiB, searched in turn:
+gives the same scores as a search without a GPU. They lie in pieces (PIECE_BYTES) searched in turn:
 FAISS has no room to spare in a flat index and makes all of it anew for every block that is added,
 so that a piece, and not all rows, is there twice while it is copied. Where the memory does not hold
 the rows, it holds short codes (`gpu_cells`), and more rows are looked at again.
@@ -35,8 +35,8 @@ FROM_ROWS = 100_000  # below, copying the rows takes longer than many questions 
 # the one question of a command is answered sooner without.
 FROM_QUERIES = 100  # asked of an index in this process, a question's seeds each for itself
 MOST_RESULTS = 2048  # of a search on a GPU, by FAISS
-# Of rows, scanned by one call: a million of 4,096 numbers. In four pieces they took 5.7 ms instead of
-# 3.2, in sixteen 14 (benchmarks/results/index.md); of more, what a call costs is lost in the scan.
+# Of rows, scanned by one call: a million of 4,096 numbers. In four pieces they took 5.7 ms, in one
+# 3.2 (benchmarks/results/index.md); of more rows, what a call costs is lost in the scan.
 PIECE_BYTES = 2**33
 _SCRATCH_BYTES = 3 * 2**30  # left free: FAISS itself takes half of it, libraries and searches more
 _BLOCK_ROWS = 8192
@@ -171,7 +171,7 @@ class Resident:
         """The `count` best scores and positions [Q, count], to a part in a hundred of the largest.
 
         `wanted` limits them to some positions. None when this FAISS ignores selectors, and when
-        fewer than `count` scores are finite.
+        fewer than `count` scores are finite, or of a piece as many as it has.
         """
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         scaled = queries / np.where(lengths > 0, lengths, 1)  # half precision holds no extremes

@@ -50,7 +50,8 @@ def accompanied(
     """The concept with the company that it is to be asked in, and how many captions that is.
 
     Contexts that are such company already count: what comes out of this comes out of it again, and
-    a saved question is asked as it was, of whatever corpus.
+    a saved question is asked as it was, of whatever corpus; that captions were missing is told the
+    first time only.
     """
     there = sum(_beside(concept.alone, lacks) == (has, lacks) for has, lacks in concept.contexts)
     missing = asking.company - there

@@ -25,7 +25,7 @@ DAMPINGS = {"contrast": 10.0, "slider": 10.0, "reward": 10.0}
 SHARES = {"image": 0.25, "journey": 0.25}
 KINDS = ("contrast", "slider", "image", "journey", "reward")
 # What finds best, regardless of cost, what taught a concept (fields of Asking). Not in company,
-# which finds more that shows the concept and ranks first what mattered less: docs/influence.md.
+# which finds more that shows it and ranks first what hurts less when removed: docs/influence.md.
 QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16}
 
 
@@ -64,7 +64,7 @@ class Asking:
 
     method: str = "contrast"  # one of KINDS
     seeds: int = 8  # pictures generated, or noise draws over the given one; results are averaged
-    seed: int = 0  # of the first
+    seed: int = 0  # of the first, and of the captions drawn as company
     steps: int = 50  # DDIM steps of a generated picture
     guidance: float = 7.5  # of a generated picture
     # lambda in units of the rows' mean squared length; None: `label_free`, settled by the index

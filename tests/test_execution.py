@@ -88,7 +88,13 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("method", "scaling"),
-    [("dtrak", "none"), ("dtrak-text", "layer"), ("dps", "timestep"), ("cfg", "timestep")],
+    [
+        ("dtrak", "none"),
+        ("dtrak-text", "layer"),
+        ("dps", "timestep"),
+        ("cfg", "timestep"),
+        ("probe", "timestep"),
+    ],
 )
 def test_compiled_rows_are_the_same(
     method: str, scaling: str, model: Model, monkeypatch: pytest.MonkeyPatch

@@ -324,6 +324,8 @@ def test_another_index_than_the_clusters_is_refused(
         (1, {"CPU": 8.0, "GPU": 2.0}, 2),
         (0.25, {"CPU": 8.0, "GPU": 1.0}, 4),
         (0.1, {"CPU": 8.0, "GPU": 2.0}, 8),
+        (0.4, {"CPU": 8.0, "GPU": 2.0}, 4),  # a fifth of each is left, and no actor lies on both
+        (2, {"CPU": 8.0, "GPU": 5.0}, 2),
         (1, {"CPU": 8.0}, 1),  # a machine that joins may have one
     ],
 )
