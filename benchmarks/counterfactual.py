@@ -340,7 +340,7 @@ def scores_of(
     yield CARRIERS, lambda: truth
     captions = np.array(study.corpus.captions)
     asked = np.stack([captions == question.prompt for question in study.questions], 1)
-    yield ASKED_FIRST, lambda: truth + (truth * asked)
+    yield ASKED_FIRST, lambda: truth * (1 + asked)
     for configuration in answerable(study, methods, say):
 
         def scores(configuration: Configuration = configuration) -> npt.NDArray[np.float64]:

@@ -131,6 +131,6 @@ def questions(world: World, corpus: Pictures, pictures: int) -> tuple[Question, 
                 truth = np.array([shown[place] == values[place] for shown in corpus.values])
                 concept = f"{attribute}, {seen}"
                 alone, picture = world.alone(values, place), f"{prompt} {number}"
-                company = world.contexts(values, place)
-                found.append(Question(concept, prompt, contrast, picture, truth, alone, company))
+                contexts = world.contexts(values, place)
+                found.append(Question(concept, prompt, contrast, picture, truth, alone, contexts))
     return tuple(found)

@@ -175,7 +175,7 @@ class Resident:
         """
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         scaled = queries / np.where(lengths > 0, lengths, 1)  # half precision holds no extremes
-        chosen = np.ones(len(self._positions), np.bool_)
+        chosen = None  # all
         if wanted is not None and len(wanted) < len(self._positions):
             if not honours_selectors():
                 _log.warning(
@@ -188,11 +188,13 @@ class Resident:
         end = 0
         for piece in self._pieces:
             first, end = end, end + piece.ntotal
-            here = chosen[first:end]
-            able = int(np.count_nonzero(here))
+            able, how = piece.ntotal, None
+            if chosen is not None:
+                here = chosen[first:end]
+                able = int(np.count_nonzero(here))
+                how = faiss.SearchParameters(sel=selector(here))
             if not able:
                 continue
-            how = None if able == len(here) else faiss.SearchParameters(sel=selector(here))
             values, found = piece.search(scaled, min(count, able), params=how)
             if (found < 0).any():  # what half precision cannot hold has no rank
                 return None

@@ -166,7 +166,8 @@ class Curvature:
         outside of the eigenvectors: its scores for such queries are all 0.
         """
         rows = units.astype(np.float64)
-        along = np.square(rows @ self.eigenvectors)  # [n, r]
+        along = rows @ self.eigenvectors  # [n, r]
+        np.square(along, out=along)
         inside, squares = along.sum(axis=1), np.einsum("nd,nd->n", rows, rows)
         along[inside <= _ROUNDING * squares] = 0
         # Of what lies outside of the eigenvectors the eigenvalue is 0.
