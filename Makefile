@@ -11,8 +11,9 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/.stamp
 	$(BIN)/headwater demo --out demo-out
 
+# A process for each core, of one thread each; the tests of a file share what they set up.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 	rm -rf dist build/lib
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 
