@@ -62,6 +62,7 @@ SHARE = 200  # and at least one row in so many: as the crowd grows, so does what
 MOST = 50_000  # but no more: memory and exact scores are paid per candidate, and per query
 _FEW = 50  # exact below one row in so many: reading those takes less than estimating them all
 _KEPT = 2  # candidates a segment hands over, in fair shares of all
+_TOGETHER = 32  # sample queries that the cells are measured by, for each has its candidates
 _LEAST_KEPT = 2000  # and at least so many: by measurement 99 in 100 hits are among them
 
 
@@ -192,6 +193,7 @@ class Accelerator:
             if layout is not None:
                 derived.keep(index.folder, codes.layout_path(path), layout.save)
             derived.keep(index.folder, path, partial(codes.write, made))
+            del made  # or there were two while the next are made
         listed = {path.stem for _, _, path in jobs}
         for path in (*folder.glob("*.codes"), *folder.glob("*.layout")):
             if path.stem not in listed:  # of rows that a compaction moved or an append completed
@@ -222,7 +224,13 @@ class Accelerator:
 
         def propose(queries: Float32, top: int, visit: int | None) -> tuple[list[Int64], float]:
             count = candidates_for(index.manifest.rows, top)
-            proposed = self.candidates(queries, count, index.ok_positions, visit)
+            proposed = [
+                rows
+                for first in range(0, len(queries), _TOGETHER)
+                for rows in self.candidates(
+                    queries[first : first + _TOGETHER], count, index.ok_positions, visit
+                )
+            ]
             return proposed, self.share(queries, count, visit)
 
         asked, found = measured(index, scale, metric, self.cells.count, propose)

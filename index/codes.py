@@ -126,6 +126,9 @@ def encode(
         rows = whitening.rows(decode_rows(units, factor[block - first]))
         if not codes.is_trained:
             codes.train(_without_extremes(rows))  # the centre: any point amidst the rows does
+            flat = faiss.downcast_index(codes.index)
+            for room in (len(scale) * flat.code_size, 0):  # once: growing would copy them
+                flat.codes.resize(room)
         codes.add(rows)
         if cells is not None:
             homes.append(cells.of(rows))
