@@ -1,6 +1,7 @@
 """Ideas for more accuracy, or the same for less: what each gains on the emoji corpus.
 
-Rows and queries of the default are kept in pieces, by noise level and by side of cross-attention
+Ideas are tried on the plain contrast (`headwater-ip`), the default before it counted in standard
+deviations. Its rows and queries are kept in pieces, by noise level and by side of cross-attention
 (layers fed by the text, layers that are not), so that most ideas need no pass of their own. An idea
 is a setting of the engine or something done with its answers; what it costs stands beside it. Of an
 idea that puts several answers together, scores are brought to unit variance over the corpus first,
@@ -25,7 +26,7 @@ from headwater.attribution import Engine, Model, parted
 from headwater.attribution.shares import TEXT_SIDE
 from headwater.benchmarks import record
 from headwater.benchmarks.caption_variants import LAYERS
-from headwater.benchmarks.emoji import EMOJI, METRICS, OURS, make_study, named, questions, read
+from headwater.benchmarks.emoji import EMOJI, METRICS, make_study, named, questions, read
 from headwater.benchmarks.measure import Scored, chance, measured, part
 from headwater.benchmarks.pieces import informative, query_pieces, row_pieces
 from headwater.benchmarks.runs import begin, digest, given
@@ -42,6 +43,7 @@ from headwater.benchmarks.study import (
 from headwater.benchmarks.summary import Cell, interval
 
 SMALL = {"rows": 200, "pairs": 6, "seeds": 2, "batch": 32, "controls": 4, "passes": False}
+PLAIN = "headwater-ip"  # what ideas are tried on
 SPREAD = (0.1, 1.0, 10.0)  # dampings averaged, in units of the one that is asked for
 SIDES = ("text side alone", "picture side alone")
 OTHER_LAYERS = LAYERS | {
@@ -88,7 +90,7 @@ def run(
         questions=questions(art, unrelated, wording),
         seeds=max(1, seeds // 2),
     )
-    (default,) = named([OURS])
+    (plain,) = named([PLAIN])
     by_chance = chance(study.questions, METRICS)
     record.follow(begun, METRICS, intro=str(__doc__), chance=by_chance)
 
@@ -97,7 +99,7 @@ def run(
 
     tables = []
     costs: dict[str, str] = {}
-    for idea in ideas(study, control, default, passes=passes):
+    for idea in ideas(study, control, plain, passes=passes):
         tables.append(part(study, idea.name, partial(of_idea, idea), begun.parts, say))
         costs[idea.name] = idea.cost
     table = pa.concat_tables(tables)
@@ -152,18 +154,16 @@ class Idea:
     answers: Callable[[], Scored]  # to be called before the next idea is taken
 
 
-def ideas(study: Study, control: Study, default: Configuration, *, passes: bool) -> Iterator[Idea]:
-    """Every idea, the default first."""
-    base = yield from of_pieces(study, control, default)
+def ideas(study: Study, control: Study, plain: Configuration, *, passes: bool) -> Iterator[Idea]:
+    """Every idea, the plain contrast first."""
+    base = yield from of_pieces(study, control, plain)
     if passes:
         yield from with_passes(study, base)
 
 
-def of_pieces(
-    study: Study, control: Study, default: Configuration
-) -> Generator[Idea, None, Answers]:
-    """The ideas that the default's rows and queries are enough for; returns its answers."""
-    engine = parted(Engine(study.model, default.recipe), (TEXT_SIDE,))
+def of_pieces(study: Study, control: Study, plain: Configuration) -> Generator[Idea, None, Answers]:
+    """The ideas that its rows and queries are enough for; returns its answers."""
+    engine = parted(Engine(study.model, plain.recipe), (TEXT_SIDE,))
     started = time.perf_counter()
     pieces, losses = row_pieces(engine, study.corpus, study.batch)  # [N, T, 2, dim], [N]
     float(losses.sum())  # waits for the device
@@ -175,16 +175,16 @@ def of_pieces(
     features, rows = pieces.sum((1, 2)), asked.sum((2, 3))
     curvature = curvature_of(features)
     base = Answers(
-        default,
+        plain,
         features,
         torch.ones_like(losses),
         rows,
         curvature,
-        default.damping(curvature),
+        plain.damping(curvature),
         seconds,
         query_seconds,
     )
-    yield Idea(default.name, "", lambda: base)
+    yield Idea(plain.name, "", lambda: base)
 
     def idea(name: str, cost: str, **changes: Any) -> Idea:
         return Idea(name, cost, partial(changed, base, name, **changes))
@@ -202,6 +202,7 @@ def of_pieces(
     yield idea("unrelated questions subtracted", once, rows=centred)
     relative: dict[str, Any] = {"similarity": "relative"}
     yield idea("relative", "a solve for each row and lambda", **relative)
+    yield idea("standard, the default", "likewise", similarity="standard")
     relative |= {"queries": 2}
     yield idea("relative, two contrasts", "queries x2, solves", rows=both, **relative)
     yield idea(
@@ -210,7 +211,7 @@ def of_pieces(
         rows=centred_both,
         **relative,
     )
-    spread = replace(default, name="several lambda averaged")
+    spread = replace(plain, name="several lambda averaged")
     yield Idea(spread.name, "searches x3", lambda: Combined(spread, (base,), True, SPREAD))
     for few in (1 << i for i in range((study.seeds - 1).bit_length())):
         share = few / study.seeds
@@ -239,7 +240,7 @@ def of_pieces(
         return changed(base, SIDES[place], features=features, rows=rows)
 
     def apart(name: str, part: Callable[[int], Answers], count: int) -> Idea:
-        of = replace(default, name=name)
+        of = replace(plain, name=name)
         return Idea(
             name, f"bytes x{count}", lambda: Combined(of, tuple(map(part, range(count))), False)
         )
@@ -249,22 +250,22 @@ def of_pieces(
         yield Idea(name, "", partial(side, place))
     yield apart("a curvature for each side", side, len(SIDES))
     yield idea("centred rows", "", features=features - features.mean(0))
-    weighted = replace(base, configuration=replace(default, name="times the training loss"))
+    weighted = replace(base, configuration=replace(plain, name="times the training loss"))
     yield Idea(weighted.configuration.name, "", lambda: replace(weighted, weights=losses))
     return base
 
 
 def with_passes(study: Study, base: Answers) -> Iterator[Idea]:
     """The ideas that need passes of their own over the corpus."""
-    default, corpus = base.configuration, study.corpus
+    plain, corpus = base.configuration, study.corpus
     again = replace(corpus, keys=tuple(f"{key}#2" for key in corpus.keys))
 
     def twice(name: str) -> Answers:
-        more, _ = corpus_rows(Engine(study.model, default.recipe), again, study.batch)
+        more, _ = corpus_rows(Engine(study.model, plain.recipe), again, study.batch)
         return changed(base, name, features=base.features + more, passes=2)
 
     yield Idea("two noises an image", "rows x2", partial(twice, "two noises an image"))
-    recipe = default.recipe
+    recipe = plain.recipe
     for name, other, cost in (
         ("rows: what the caption changes", replace(recipe, method="dtrak-text"), "rows x2"),
         ("each layer at unit norm", replace(recipe, scaling="layer"), ""),
@@ -287,10 +288,10 @@ def with_passes(study: Study, base: Answers) -> Iterator[Idea]:
             "rows and queries x2",
         ),
     ):
-        configuration = replace(default, name=name, recipe=other)
+        configuration = replace(plain, name=name, recipe=other)
         yield Idea(name, cost, partial(answer, study, configuration))
-    together = replace(default, name="with guidance features")
-    guided = replace(default, recipe=replace(recipe, method="cfg"))
+    together = replace(plain, name="with guidance features")
+    guided = replace(plain, recipe=replace(recipe, method="cfg"))
     yield Idea(
         together.name,
         "rows x2.5, queries and bytes x2",
@@ -359,12 +360,12 @@ def centre(control: Study, rows: Tensor, study: Study) -> Tensor:
 
 
 def gains(table: pa.Table, cells: Sequence[Cell], costs: dict[str, str]) -> list[str]:
-    """What each idea gains over the default, paired by question."""
+    """What each idea gains over the plain contrast, paired by question."""
     free = [row for row in table.to_pylist() if row["label_free"]]
     value = {(r["method"], r["question"]): r[METRICS[r["concept"]]] for r in free}
     disjoint = {(c.method, c.concept): np.nan if c.disjoint is None else c.disjoint for c in cells}
     lines = [
-        "## Gains over the default, paired by question",
+        "## Gains over the plain contrast, paired by question",
         "",
         "At the label-free lambda with 95 % intervals over pictures, and each at the lambda that "
         "is best on the other half of the pictures.",
@@ -373,18 +374,18 @@ def gains(table: pa.Table, cells: Sequence[Cell], costs: dict[str, str]) -> list
         "|---|---|" + "---|---|" * len(METRICS),
     ]
     for name, cost in costs.items():
-        if name == OURS:
+        if name == PLAIN:
             continue
         line = f"| {name} | {cost or 'none'} |"
         for concept in METRICS:
             rows = [
-                row | {"gain": value[name, row["question"]] - value[OURS, row["question"]]}
+                row | {"gain": value[name, row["question"]] - value[PLAIN, row["question"]]}
                 for row in free
                 if row["method"] == name and row["concept"] == concept
             ]
             low, high = interval(rows, "gain")
             mean = np.nanmean([row["gain"] for row in rows])
             line += f" {mean:+.3f} ({low:+.3f} to {high:+.3f}) |"
-            line += f" {disjoint[name, concept] - disjoint[OURS, concept]:+.3f} |"
+            line += f" {disjoint[name, concept] - disjoint[PLAIN, concept]:+.3f} |"
         lines.append(line)
     return lines

@@ -53,6 +53,7 @@ METHODS = (
     "das",
     "concept-trak",
     "headwater",
+    "headwater-ip",
     "headwater-effect",
     "headwater-image",
     "headwater-probe",

@@ -109,16 +109,17 @@ METHODS_TABLE: dict[str, Definition] = {
         method="dtrak",
         scaling="timestep",
         query="contrast",
+        similarity="standard",
         source="ours",
-        why="what the concept's words change in the picture's own row",
+        why="what the concept's words change in the picture's own row, over how far the scores of "
+        "the training image's scatter over questions like the corpus",
     ),
-    "headwater-standard": Definition(
+    "headwater-ip": Definition(
         method="dtrak",
         scaling="timestep",
         query="contrast",
-        similarity="standard",
         source="ours",
-        why="the same over how far a row's scores scatter over questions like the corpus",
+        why="the inner product alone, as of every other method",
     ),
     "headwater-relative": Definition(
         method="dtrak",

@@ -269,11 +269,12 @@ def query(
     ] = False,
     where: Where = None,
     similarity: Annotated[
-        str | None, typer.Option(help="ip (default), cosine, relative or standard.")
+        str | None,
+        typer.Option(help="standard (default of contrast), ip (of others), cosine or relative."),
     ] = None,
     quality: Annotated[
         bool,
-        typer.Option("--quality", help="Regardless of cost: standard scores, twice the pictures."),
+        typer.Option("--quality", help="Regardless of cost: twice the pictures."),
     ] = False,
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[

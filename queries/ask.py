@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from headwater.index import Catalog, Manifest, SearchCluster, StoredIndex, searc
 from headwater.index.metrics import Curvature as StoredCurvature
 
 from .company import accompanied
-from .concept import Asking, Concept, check, label_free
+from .concept import Asking, Concept, check
 from .errors import QueryError
 from .gradients import query_rows
 from .result import Hit, Result
@@ -118,10 +118,7 @@ class Index:
                 + (f" under {where!r}" if where else "")
                 + (f"; choose 1 to {available}" if available else "; widen --where")
             )
-        if asking.damping is None and asking.preconditioning != "none":
-            # What is saved shall replay, whatever rows are added or deleted by then.
-            damping = label_free(asking.method, lambda: self.curvature)
-            asking = replace(asking, damping=damping)
+        asking = asking.settled(lambda: self.curvature)
         wanted = asking.company
         concept, asking = self._accompanied(concept, asking, model)
         engine = Engine(model, self.recipe)

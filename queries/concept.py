@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ SHARES = {"image": 0.25, "journey": 0.25}
 KINDS = ("contrast", "slider", "image", "journey", "reward")
 # What finds best, regardless of cost, what taught a concept (fields of Asking). Not in company,
 # which finds more that shows it and ranks first what hurts less when removed: docs/influence.md.
-QUALITY: dict[str, Any] = {"similarity": "standard", "seeds": 16}
+QUALITY: dict[str, Any] = {"seeds": 16}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Asking:
     guidance: float = 7.5  # of a generated picture
     # lambda in units of the rows' mean squared length; None: `label_free`, settled by the index
     damping: float | None = None
-    similarity: str = "ip"  # or "cosine", "relative", "standard": see headwater.index.metrics
+    # "ip", "cosine", "relative", "standard" (headwater.index.metrics); None: `usual_similarity`
+    similarity: str | None = None
     preconditioning: str = "query"  # or "none", or "both" sides by K^-1/2
     batch_size: int = 16  # pictures per forward pass; changes speed, not results
     # Captions of the corpus that the concept, said alone, is asked beside: further contexts, drawn
@@ -92,11 +93,15 @@ class Asking:
             raise QueryError(f"company is {self.company}; it must be at least 0")
         given = () if self.damping is None else (self.damping,)
         try:
-            Metric(self.similarity, self.preconditioning, *given)
+            Metric(self._similarity, self.preconditioning, *given)
         except IndexStoreError as error:
             raise QueryError(str(error)) from error
         if not math.isfinite(self.guidance):
             raise QueryError(f"guidance is {self.guidance}; it must be finite (default 7.5)")
+
+    @property
+    def _similarity(self) -> str:
+        return self.similarity or usual_similarity(self.method, self.preconditioning)
 
     @property
     def metric(self) -> Metric:
@@ -106,10 +111,29 @@ class Asking:
             QueryError: it takes a damping, and none was given or settled by an index.
         """
         if self.preconditioning == "none":
-            return Metric(self.similarity, self.preconditioning)
+            return Metric(self._similarity, self.preconditioning)
         if self.damping is None:
             raise QueryError("damping is None, as it is until an index settles it; give a number")
-        return Metric(self.similarity, self.preconditioning, self.damping)
+        return Metric(self._similarity, self.preconditioning, self.damping)
+
+    def settled(self, curvature: Callable[[], Curvature]) -> Asking:
+        """With the similarity and the damping that are taken where none was given.
+
+        What is saved shall replay, whatever rows are added or deleted by then.
+        """
+        damping = self.damping
+        if damping is None and self.preconditioning != "none":
+            damping = label_free(self.method, curvature)
+        return replace(self, similarity=self._similarity, damping=damping)
+
+
+def usual_similarity(method: str, preconditioning: str) -> str:
+    """What rows are ranked by when nothing else is asked for.
+
+    Whose scores for questions like the corpus scatter widely is high in every contrast, whatever
+    it is about: `standard` divides by that. Published methods are defined by inner products.
+    """
+    return "standard" if (method, preconditioning) == ("contrast", "query") else "ip"
 
 
 def label_free(method: str, curvature: Callable[[], Curvature]) -> float:

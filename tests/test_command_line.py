@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def test_quality_is_what_its_parts_ask(
     found = {}
     for name, more in {
         "quality": ("--quality",),
-        "parts": ("--similarity", "standard", "--seeds", 16),
+        "parts": ("--similarity", "standard", "--damping", 10, "--seeds", 16),
         "fewer": ("--quality", "--seeds", 2),
     }.items():
         options = (*words, *more, "--device", "cpu", "--json", tmp_path / name)
@@ -185,7 +185,10 @@ def test_scores_equal_a_dense_float64_reference(
     build_index(corpus, model, tmp_path / "i", recipe=Recipe(timesteps=2, dim=dim))
     asking = Asking(seeds=2, guidance=2.0, damping=0.3)
     concept = Concept("a red cat", contrast="a drawing")
-    result = Index(tmp_path / "i").query(concept, model, asking=asking, top=12)
+    product = replace(asking, similarity="ip")
+    results = [
+        Index(tmp_path / "i").query(concept, model, asking=how, top=12) for how in (product, asking)
+    ]
     stored = StoredIndex.open(tmp_path / "i")
     assert ("gram" in stored.curvature()) == (dim == 8)
     engine = Engine(model, Index(tmp_path / "i").recipe)
@@ -199,11 +202,16 @@ def test_scores_equal_a_dense_float64_reference(
     units = np.load(tmp_path / "i" / "features" / "part-00000.npy").astype(np.float64)
     phi = units * stored.items()["row_norm"].to_numpy()[:, None]
     k = phi.T @ phi
-    expected = phi @ np.linalg.solve(k + 0.3 * np.trace(k) / 12 * np.eye(len(k)), query)
-    by_id = dict(zip(stored.items()["item_id"].to_pylist(), expected, strict=True))
-    assert len(result.hits) == 12
-    for hit in result.hits:
-        assert abs(hit.score - by_id[hit.item_id]) <= 1e-4 * np.abs(expected).max()
+    damped = k + 0.3 * np.trace(k) / 12 * np.eye(len(k))
+    expected = phi @ np.linalg.solve(damped, query)
+    inverse = np.linalg.solve(damped, phi.T)
+    deviations = np.sqrt(np.einsum("dn,de,en->n", inverse, k, inverse) / 12)
+    # The default counts in standard deviations of a row's scores over questions like the corpus.
+    for result, scores in zip(results, (expected, expected / deviations), strict=True):
+        by_id = dict(zip(stored.items()["item_id"].to_pylist(), scores, strict=True))
+        assert len(result.hits) == 12
+        for hit in result.hits:
+            assert abs(hit.score - by_id[hit.item_id]) <= 1e-4 * np.abs(scores).max()
 
 
 def test_local_question_is_about_the_given_picture(
@@ -234,6 +242,8 @@ def test_local_question_is_about_the_given_picture(
     assert dampings == {"image": chosen, "contrast": 10.0, "slider": 10.0}
     noted = [json.loads(line) for line in (index / "ledger.jsonl").read_text().splitlines()[-3:]]
     assert [line["details"]["damping"] for line in noted] == list(dampings.values())
+    similarities = {name: result["question"]["similarity"] for name, result in found.items()}
+    assert similarities == {"image": "ip", "contrast": "standard", "slider": "ip"}
     question = found["image"]["question"]
     again = Asking(**{field.name: question[field.name] for field in fields(Asking)})
     model = Model.from_pretrained(model_folder, device="cpu")
@@ -297,8 +307,10 @@ def test_an_index_without_curvature_is_asked_without_preconditioning(
 def test_a_damping_that_no_index_settled_is_not_guessed() -> None:
     with pytest.raises(QueryError, match="until an index settles it"):
         _ = Asking().metric
-    assert Asking(damping=0.3).metric == Metric("ip", "query", 0.3)
+    assert Asking(damping=0.3).metric == Metric("standard", "query", 0.3)
+    assert Asking(similarity="ip", damping=0.3).metric == Metric("ip", "query", 0.3)
     assert Asking(preconditioning="none").metric == Metric("ip", "none")
+    assert Asking(preconditioning="both", damping=0.3).metric == Metric("ip", "both", 0.3)
 
 
 def test_contexts_that_are_no_pairs_are_refused(index: Path, model_folder: Path) -> None:

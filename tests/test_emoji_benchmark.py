@@ -500,7 +500,7 @@ def test_information_of_noise_levels_against_a_plain_loop() -> None:
 def test_ideas_run_whole(
     tiny_corpus: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = replace(OURS, name="headwater", recipe=replace(OURS.recipe, dim=32, timesteps=2))
+    small = replace(OURS, name=beyond.PLAIN, recipe=replace(OURS.recipe, dim=32, timesteps=2))
     monkeypatch.setattr(beyond, "named", lambda names: [small])
     table = beyond.run(
         tmp_path,
@@ -517,7 +517,7 @@ def test_ideas_run_whole(
     )
     rows = [row for row in table.to_pylist() if row["label_free"]]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    assert methods[0] == "headwater"
+    assert methods[0] == beyond.PLAIN
     assert len(methods) >= 20
     # Several curvatures or dampings together have no one effective dimension.
     without = {row["method"] for row in rows if row["effective"] is None}

@@ -15,6 +15,7 @@ from headwater.attribution import METHODS, Engine, Model, Recipe
 from headwater.benchmarks.further import COMPANY, in_company
 from headwater.benchmarks.methods import METHODS_TABLE, configurations
 from headwater.benchmarks.study import Corpus, Question, Study, answer
+from headwater.queries.concept import usual_similarity
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SMALL = Recipe(dim=64, timesteps=2, steps=4)
@@ -36,14 +37,16 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.mark.parametrize("name", METHODS_TABLE)
 def test_the_readme_gives_the_options_of_every_method(name: str) -> None:
-    row, default = METHODS_TABLE[name], Asking()
+    row = METHODS_TABLE[name]
     more = {
         "effect": "--alone TEXT",
         "contexts": "--context PAIR",
         "company": f"--alone TEXT --company {COMPANY}",
     }.get(row.query)
     if more is not None:  # a contrast that is told more of the concept
-        assert f"| {name} | the defaults | `{more} --similarity {row.similarity}` |" in README
+        if row.similarity != usual_similarity("contrast", row.preconditioning):
+            more += f" --similarity {row.similarity}"
+        assert f"| {name} | the defaults | `{more}` |" in README
         return
     ingest = {"method": row.method, "scaling": row.scaling}
     query = {
@@ -51,9 +54,11 @@ def test_the_readme_gives_the_options_of_every_method(name: str) -> None:
         "similarity": row.similarity,
         "preconditioning": row.preconditioning,
     }
+    unasked = asdict(Asking(row.query)) | {"method": "contrast"}
+    unasked["similarity"] = usual_similarity(row.query, row.preconditioning)
     words = [
         " ".join(f"--{key} {value}" for key, value in options.items() if value != usual[key])
-        for options, usual in ((ingest, asdict(Recipe())), (query, asdict(default)))
+        for options, usual in ((ingest, asdict(Recipe())), (query, unasked))
     ]
     options = " | ".join(f"`{part}`" if part else "the defaults" for part in words)
     assert f"| {name} | {options} |" in README
