@@ -6,13 +6,14 @@ queries, which are differences of two, solved with the curvature of the index as
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,17 +26,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headwater.benchmarks.gradient_rows import Generator, compare
-from headwater.index import IndexStoreError, IndexWriter, Metric, StoredIndex, gpu, search
+from headwater.index import IndexStoreError, IndexWriter, StoredIndex, gpu, search
 from headwater.index.accelerator import Accelerator, candidates_for
 from headwater.index.cells import cell_count
 from headwater.index.exact import rescored
 from headwater.index.gpu_cells import codes_bytes
 from headwater.index.metrics import prepare
+from headwater.queries import Asking
+from headwater.queries.concept import DAMPINGS
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
-METRIC = Metric("ip", "query")
+METRIC = Asking(damping=DAMPINGS["contrast"]).metric  # of a question about a concept, unasked
 SHARD_ROWS = 2048
 GRAM_ROWS = 16_384  # of which the curvature is estimated
 QUERIES = 100
@@ -132,7 +135,8 @@ def measure(
     records += [{"figure": name, "real": r, "made": m} for name, (r, m) in table.items()]
     lines = [
         f"{rows:,} rows x {real.shape[1]:,}, {len(asked)} queries, {platform.machine()}, "
-        f"{faiss.omp_get_max_threads()} threads, {os.cpu_count()} cores, FAISS {faiss.__version__}",
+        f"{faiss.omp_get_max_threads()} threads, {os.cpu_count()} cores, "
+        f"FAISS {faiss.__version__}, ranked by {METRIC.similarity} at damping {METRIC.damping:g}",
         "",
         f"| rows generated from {len(kept):,} | real | made |",
         "|---|---|---|",
@@ -142,6 +146,8 @@ def measure(
     seconds, _ = timed(lambda: write_index(generator, rows, folder))
     index = StoredIndex.open(folder)
     note(records, lines, "generate and write", seconds=seconds)
+    seconds, _ = timed(lambda: prepare(index, asked[:1], METRIC))
+    note(records, lines, "lengths of all rows, once", seconds=seconds)
     truth = exact(index, asked, records, lines)
     if gpu_memory is None:
         accelerated(index, asked, truth, records, lines)
@@ -367,6 +373,8 @@ def quantile(values: list[float] | Float64, q: float) -> float:
 def peak_memory() -> Iterator[list[int]]:
     """Bytes by which this process's own memory (mapped files left out) rose at most."""
     peak, stop = [0], threading.Event()
+    with suppress(AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
     before = _own_memory()
 
     def watch() -> None:

@@ -13,7 +13,9 @@ from conftest import Command
 
 from headwater.benchmarks import index_bench
 from headwater.benchmarks.gradient_rows import Generator, compare
-from headwater.index import gpu, gpu_cells
+from headwater.index import StoredIndex, accelerator, cells, gpu, gpu_cells
+from headwater.index.accelerator import Accelerator
+from headwater.index.metrics import prepare
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,27 @@ def test_refuses_what_is_no_array(headwater: Command, tmp_path: Path, content: b
     code, _, err = headwater("bench", "index", "--features", tmp_path / "few.npy")
     assert code == 2
     assert "at least 40 real rows" in err
+
+
+def test_building_codes_takes_no_more_memory_for_more_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FROM_ROWS": 1000, "FROM_CELLS": 1000, "SEGMENT_ROWS": 10_000}.items():
+        monkeypatch.setattr(accelerator, name, value)
+    monkeypatch.setattr(cells, "cell_count", lambda rows: 64)
+    rng = np.random.default_rng(0)
+    real = (rng.standard_normal((900, 256)) * np.geomspace(1, 1e-2, 256)).astype(np.float32)
+    asked = (real[:1] - real[1:2]).astype(np.float64)
+    peaks = {}
+    for rows in (20_000, 80_000):
+        folder = tmp_path / str(rows)
+        index_bench.write_index(Generator.fit(real), rows, folder)
+        index = StoredIndex.open(folder)
+        _, scale = prepare(index, asked, index_bench.METRIC)
+        with index_bench.peak_memory() as peak:
+            built = Accelerator.ready(index, scale, index_bench.METRIC)
+        assert built.cells is not None
+        assert len(built.segments) == rows // 10_000
+        peaks[rows] = peak[0]
+    # The rows between them are 61 MB, and 31 as they are stored.
+    assert peaks[80_000] - peaks[20_000] < 15e6
