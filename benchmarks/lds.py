@@ -16,7 +16,7 @@ one seed foresees that of the others, which no method can be expected to exceed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,38 +31,21 @@ from torch import Tensor, nn
 
 from headwater.attribution import Model, Recipe
 from headwater.benchmarks import record
+from headwater.benchmarks.correlation import scored
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.further import in_company
 from headwater.benchmarks.material import Material, Pictures, base_model, evenly, material_of
-from headwater.benchmarks.measure import BASELINES, answerable, wanted
 from headwater.benchmarks.methods import chosen as methods_of
 from headwater.benchmarks.noised import Noised, heard, noised, predicted
-from headwater.benchmarks.parts import NOWHERE, Parts
-from headwater.benchmarks.ranks import lds, repeatability
 from headwater.benchmarks.retraining import Job, Say, Training, saved_model, text_states, train
 from headwater.benchmarks.runs import begin, given
 from headwater.benchmarks.stacked import chosen
-from headwater.benchmarks.study import Configuration, Question, Study, answer
+from headwater.benchmarks.study import Configuration, Question, Study
 
 LOSS = "loss"
 UTILITY = "measured utility"
 WHERE = ("validation", "generated")  # pictures kept apart, and drawn by the attributed model
 FULL_SEED = 1000  # of the first model trained on everything: not one of the retrained models'
-SCHEMA = pa.schema(
-    [
-        ("study", pa.string()),
-        ("replicate", pa.int64()),
-        ("method", pa.string()),
-        ("question", pa.int64()),
-        ("concept", pa.string()),  # the utility and which pictures
-        ("picture", pa.string()),
-        ("damping", pa.float64()),  # null: the method has none
-        ("effective", pa.float64()),  # dimension at it / min(rows, width); null: it has none
-        ("label_free", pa.bool_()),
-        ("lds", pa.float64()),
-        ("ingest_seconds", pa.float64()),
-    ]
-)
 SMALL = {  # a version for two cores and some minutes
     "per_pair": 6,
     "subsets": 16,
@@ -327,76 +310,3 @@ def utilities(base: Model, retrained: nn.Module, attributed: Model, asked: Asked
     total[0] /= len(asked.noised.t)
     total[1:] /= energy.sqrt()
     return total.flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------- correlation
-
-
-def scored(
-    study: Study,
-    measured: npt.NDArray[np.float64],
-    halves: npt.NDArray[np.bool_],
-    methods: Sequence[Configuration],
-    say: Say,
-    parts: Parts = NOWHERE,
-) -> pa.Table:
-    """A row for each method, question and damping, by `SCHEMA`.
-
-    `measured` are the utilities [Q, K, seeds]. A method that is in `parts` is taken from there;
-    others are kept there.
-    """
-    true = measured.mean(2)
-    tables = []
-
-    def rows(found: npt.NDArray[np.float64], **facts: Any) -> Iterator[dict[str, Any]]:
-        for number, question in enumerate(study.questions):
-            yield {
-                "study": study.name,
-                "replicate": study.replicate,
-                "question": number,
-                "concept": question.concept,
-                "picture": question.picture,
-                "lds": float(found[number]),
-                "label_free": True,
-                **facts,
-            }
-
-    def of_baseline(name: str) -> Iterator[dict[str, Any]]:
-        return rows(lds(BASELINES[name](study), halves, true))
-
-    def of_method(configuration: Configuration) -> Iterator[dict[str, Any]]:
-        answers = answer(study, configuration)
-        for damping in wanted(answers):
-            scores = answers.scores(damping).double().cpu().numpy()
-            yield from rows(
-                lds(scores, halves, true),
-                damping=damping,
-                effective=None if damping is None else answers.curvature.share(damping),
-                label_free=damping in (None, answers.damping),
-                ingest_seconds=answers.ingest_seconds,
-            )
-
-    def add(method: str, make: Callable[[], Iterator[dict[str, Any]]]) -> None:
-        def table() -> pa.Table:
-            listed = [{"method": method, **row} for row in make()]
-            return pa.Table.from_pylist(listed, schema=SCHEMA)
-
-        tables.append(parts.once(table, study.name, study.replicate, method))
-        say(_line(study, method, tables[-1].filter(tables[-1]["label_free"]).to_pylist()))
-
-    if measured.shape[2] > 1:
-        add("another training", lambda: rows(repeatability(measured)))
-    for name in BASELINES:
-        if not name.startswith("ceiling"):
-            add(name, partial(of_baseline, name))
-    for configuration in answerable(study, methods, say):
-        add(configuration.name, partial(of_method, configuration))
-    return pa.concat_tables(tables)
-
-
-def _line(study: Study, method: str, records: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for concept in dict.fromkeys(str(r["concept"]) for r in records):
-        mean = np.mean([r["lds"] for r in records if r["concept"] == concept])
-        parts.append(f"{concept} {mean:.3f}")
-    return f"{study.name} {study.replicate} {method}: {'; '.join(parts)}"

@@ -19,7 +19,7 @@ from tiny import stable_diffusion
 from torch import Tensor, nn
 
 from headwater.attribution import Model, Recipe, seeded_noise
-from headwater.benchmarks import lds, ranks, record
+from headwater.benchmarks import correlation, lds, ranks, record
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.material import Material
 from headwater.benchmarks.methods import chosen as methods_of
@@ -157,7 +157,7 @@ def test_scores_foresee_what_retraining_shows(trained: Trained) -> None:
     recipe = Recipe(dim=512, timesteps=5, steps=10)
     methods = lds.with_images(methods_of(["trak", "d-trak", "headwater"], recipe))
     utility = trained.utility.view(len(trained.utility), SUBSETS, 1).numpy()
-    table = lds.scored(study, utility, trained.halves, methods, lambda _: None)
+    table = correlation.scored(study, utility, trained.halves, methods, lambda _: None)
     records = table.to_pylist()
     means = {
         method: np.mean(
@@ -270,7 +270,7 @@ def test_a_broken_off_run_trains_nothing_again(
         asked.append(configuration.name)
         return answer(study, configuration)
 
-    monkeypatch.setattr(lds, "answer", answered)
+    monkeypatch.setattr(correlation, "answer", answered)
     settings = {**SETTINGS, "questions": 1}
     settings |= {"methods": ["trak", "tracin"], "device": "cpu"}
     whole = lds.run(tmp_path / "whole", say=lambda _: None, **settings)
