@@ -65,6 +65,7 @@ _FACTORS: dict[str, Callable[[Float64, float, int], Float64]] = {
 _STORED_AS = {"cosine": "1", "relative": "2", "standard": "standard"}  # in the names of files
 _ROUNDING = 1e-12  # of a row's squared length: less of it in the eigenvectors is rounding
 _BLOCK_ROWS = 2048
+_TOLD_FROM = 100_000  # rows: their lengths take seconds, once
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,9 @@ def _curved_lengths(index: StoredIndex, metric: Metric) -> Float64:
     except (OSError, ValueError) as error:
         _log.warning("lengths of rows are computed again: %s", error)
     curvature = Curvature.of(index)
+    if index.manifest.rows >= _TOLD_FROM:
+        _log.warning("%s: computing the lengths of all rows that %r divides by, once", index.folder,
+                     metric.similarity)  # fmt: skip
     everything = np.arange(index.manifest.rows, dtype=np.int64)
     pieces = [
         curvature.lengths(units, damping, metric.similarity)

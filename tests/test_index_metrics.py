@@ -20,6 +20,7 @@ from headwater.index import (
     StoredIndex,
     derived,
     gpu,
+    metrics,
     scores,
     search,
 )
@@ -359,6 +360,16 @@ def test_lengths_where_they_formerly_stood_are_removed(tmp_path: Path) -> None:
     assert not derived.checksum(index.folder, former).exists()
     assert of_a_part.exists()
     assert (faiss / "notes.npy").exists()
+
+
+def test_the_lengths_of_many_rows_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = write_index(tmp_path / "idx")
+    for told_from, count in ((N + 1, 0), (N, 1), (N, 1)):
+        monkeypatch.setattr(metrics, "_TOLD_FROM", told_from)
+        row_scale(index, Metric("standard", "query", damping=float(told_from)))
+        assert caplog.text.count("lengths of all rows that 'standard' divides by") == count
 
 
 def test_lengths_are_not_read_or_written_through_a_link(
