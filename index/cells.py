@@ -41,7 +41,7 @@ MOST_SHARE = 1 / 2  # of the codes, too; beyond, scanning all is as good
 SAMPLED = 128  # queries of each kind: a single one that finds nothing is one in a hundred
 POINTS = 32  # rows of the sample, per cell
 MOST_CELLS = 2048
-MOST_SAMPLE = 32_768  # rows: 64 MiB in a byte a number at 2048 dimensions
+MOST_SAMPLE = 32_768  # rows: 128 MiB in half precision at 2048 dimensions
 _ROUNDS = 10  # of k-means
 _BLOCK_ROWS = 512
 _AGED = 8  # measured again once one row in so many has come, or has gone
@@ -73,26 +73,23 @@ class Cells:
         """Cut the rows of an index into cells, by a sample of them."""
         count = cell_count(index.manifest.rows)
         positions = _sample(index, min(POINTS * count, MOST_SAMPLE), seed=0)
-        dim = len(whitening.factors)
-        coarse = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit)
-        sample = np.zeros((len(positions), dim), np.uint8)
+        sample = np.zeros((len(positions), len(whitening.factors)), np.float16)
         done = 0
         for block, units in index.unit_blocks(positions, _BLOCK_ROWS):
             # A direction has no length, but a negative weight turns it round.
             rows = whitening.rows(decode_rows(units, np.sign(scale[block])))
             lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows /= np.where(lengths > 0, lengths, 1)
-            if not coarse.is_trained:
-                coarse.train(rows)  # the range of each number
-            sample[done : done + len(block)] = coarse.sa_encode(rows)
+            sample[done : done + len(block)] = rows / np.where(lengths > 0, lengths, 1)
             done += len(block)
+        dim = sample.shape[1]
         clustering = faiss.Clustering(dim, count)
         clustering.niter, clustering.spherical = _ROUNDS, True
         clustering.decode_block_size = _BLOCK_ROWS  # of the sample in single precision at once
         # All of the sample, and no word on the terminal when it is small.
         clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(sample)
+        half = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
         centres = faiss.IndexFlatIP(dim)
-        clustering.train_encoded(sample, coarse, centres)
+        clustering.train_encoded(sample.view(np.uint8), half, centres)
         return cls(centres.reconstruct_n(0, count))
 
     def of(self, rows: Float32) -> Int64:
