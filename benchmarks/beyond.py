@@ -162,7 +162,7 @@ def ideas(study: Study, control: Study, plain: Configuration, *, passes: bool) -
 
 
 def of_pieces(study: Study, control: Study, plain: Configuration) -> Generator[Idea, None, Answers]:
-    """The ideas that its rows and queries are enough for; returns its answers."""
+    """The ideas that the plain contrast's rows and queries are enough for; returns its answers."""
     engine = parted(Engine(study.model, plain.recipe), (TEXT_SIDE,))
     started = time.perf_counter()
     pieces, losses = row_pieces(engine, study.corpus, study.batch)  # [N, T, 2, dim], [N]

@@ -62,8 +62,8 @@ SHARE = 200  # and at least one row in so many: as the crowd grows, so does what
 MOST = 50_000  # but no more: memory and exact scores are paid per candidate, and per query
 _FEW = 50  # exact below one row in so many: reading those takes less than estimating them all
 _KEPT = 2  # candidates a segment hands over, in fair shares of all
-_TOGETHER = 32  # sample queries that the cells are measured by, for each has its candidates
 _LEAST_KEPT = 2000  # and at least so many: by measurement 99 in 100 hits are among them
+_TOGETHER = 32  # sample queries that the cells are measured by, for each has its candidates
 
 
 def candidates(
