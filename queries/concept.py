@@ -21,7 +21,7 @@ from .errors import QueryError
 # that carry the energy of fewer images than this are damped, in every corpus. A whole picture is
 # told from others by as many directions as the rows can afford: this share of them is not damped.
 # Measured, and why a concept's is no share: docs/damping.md.
-DAMPINGS = {"contrast": 10.0, "slider": 10.0, "reward": 10.0}
+DAMPINGS = {"contrast": 20.0, "slider": 10.0, "reward": 10.0}
 SHARES = {"image": 0.25, "journey": 0.25}
 KINDS = ("contrast", "slider", "image", "journey", "reward")
 # What finds best, regardless of cost, what taught a concept (fields of Asking). Not in company,
