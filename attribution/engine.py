@@ -262,7 +262,11 @@ class Engine:
         return projected, norm, factor, e.detach()
 
     def _running(self) -> AbstractContextManager[None]:
-        return running(self.execution, cudnn_attention=self.model.family.cudnn_attention)
+        return running(
+            self.execution,
+            device=self.model.device,
+            cudnn_attention=self.model.family.cudnn_attention,
+        )
 
     @contextmanager
     def _capture(self, point: Point) -> Iterator[Capture | CompiledDenoiser]:

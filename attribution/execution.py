@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,13 @@ def set_checkpointing(denoiser: nn.Module, wanted: bool) -> None:
 
 
 @contextmanager
-def running(execution: Execution, *, cudnn_attention: bool = True) -> Iterator[None]:
+def running(
+    execution: Execution, *, device: torch.device | None = None, cudnn_attention: bool = True
+) -> Iterator[None]:
     """Kernels that repeat to the bit, where that is asked for, and the caller's setting after.
+
+    A GPU given as `device` is the current one meanwhile: some of torch's operations (frexp, ldexp)
+    read another GPU's memory where it is not.
 
     Without `cudnn_attention` that kind of attention is not used, in forward passes, backward
     passes and those that recompute activations alike.
@@ -69,8 +74,10 @@ def running(execution: Execution, *, cudnn_attention: bool = True) -> Iterator[N
     attention: Any = torch.backends.cuda
     through_cudnn = attention.cudnn_sdp_enabled()
     attention.enable_cudnn_sdp(through_cudnn and cudnn_attention)
+    on_device = torch.cuda.device(device) if device and device.type == "cuda" else nullcontext()
     try:
-        yield
+        with on_device:
+            yield
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise

@@ -129,6 +129,22 @@ def test_a_worker_of_a_cluster_gives_the_rows_of_a_device(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_a_gpu_that_is_not_the_current_one_gives_the_same_answers(
+    tmp_path: Path, model_folder: Path, corpus: Path
+) -> None:
+    hits = []
+    for device in ("cuda:0", "cuda:1"):
+        model = Model.from_pretrained(model_folder, device=device, dtype="float32")
+        build_index(corpus, model, tmp_path / device[-1], recipe=Recipe(timesteps=2, dim=256))
+        concept, asking = Concept("a red cat", contrast="a drawing"), Asking(seeds=2)
+        hits.append(Index(tmp_path / device[-1]).query(concept, model, asking=asking, top=12).hits)
+    assert torch.cuda.current_device() == 0
+    features = [tmp_path / name / "features/part-00000.npy" for name in ("0", "1")]
+    assert features[0].read_bytes() == features[1].read_bytes()
+    assert hits[0] == hits[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 def test_two_workers_with_a_gpu_each_give_the_rows_of_one(
     tmp_path: Path, model_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
