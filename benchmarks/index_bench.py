@@ -33,12 +33,12 @@ from headwater.index.exact import rescored
 from headwater.index.gpu_cells import codes_bytes
 from headwater.index.metrics import prepare
 from headwater.queries import Asking
-from headwater.queries.concept import DAMPINGS
+from headwater.queries.concept import MOST
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
-METRIC = Asking(damping=DAMPINGS["contrast"]).metric  # of a question about a concept, unasked
+METRIC = Asking(damping=MOST).metric  # of a question about a concept in a large index, unasked
 SHARD_ROWS = 2048
 GRAM_ROWS = 16_384  # of which the curvature is estimated
 QUERIES = 100

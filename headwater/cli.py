@@ -278,7 +278,7 @@ def query(
     ] = False,
     preconditioning: Annotated[str, typer.Option(help="query, both or none.")] = "query",
     damping: Annotated[
-        float | None, typer.Option(help="Lambda / mean squared row; unset: 10 or by spectrum.")
+        float | None, typer.Option(help="Lambda / mean squared row; unset: by the corpus.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Of generated pictures.")] = None,
     lora: Lora = None,

@@ -18,10 +18,12 @@ from headwater.index.metrics import Metric
 from .errors import QueryError
 
 # What lambda is chosen by when none is given. A concept is what several images share: directions
-# that carry the energy of fewer images than this are damped, in every corpus. A whole picture is
-# told from others by as many directions as the rows can afford: this share of them is not damped.
+# that carry the energy of fewer images than this are damped. A contrast takes as many as a quarter
+# of the root of all images, and `MOST` of them at most. A whole picture is told from others by as
+# many directions as the rows can afford: this share of them is not damped.
 # Measured, and why a concept's is no share: docs/damping.md.
-DAMPINGS = {"contrast": 20.0, "slider": 10.0, "reward": 10.0}
+MOST = 20.0
+DAMPINGS = {"slider": 10.0, "reward": 10.0}
 SHARES = {"image": 0.25, "journey": 0.25}
 KINDS = ("contrast", "slider", "image", "journey", "reward")
 # What finds best, regardless of cost, what taught a concept (fields of Asking). Not in company,
@@ -143,6 +145,8 @@ def label_free(method: str, curvature: Callable[[], Curvature]) -> float:
     """
     if method in DAMPINGS:
         return DAMPINGS[method]
+    if method == "contrast":
+        return min(MOST, math.sqrt(curvature().rows) / 4)
     return curvature().damping(SHARES[method])
 
 

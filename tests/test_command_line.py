@@ -166,7 +166,7 @@ def test_quality_is_what_its_parts_ask(
     found = {}
     for name, more in {
         "quality": ("--quality",),
-        "parts": ("--similarity", "standard", "--damping", 20, "--seeds", 16),
+        "parts": ("--similarity", "standard", "--damping", 12**0.5 / 4, "--seeds", 16),
         "fewer": ("--quality", "--seeds", 2),
     }.items():
         options = (*words, *more, "--device", "cpu", "--json", tmp_path / name)
@@ -239,7 +239,7 @@ def test_local_question_is_about_the_given_picture(
     # What is saved holds the number, which the rows decide for a whole picture alone, and replays.
     dampings = {name: result["question"]["damping"] for name, result in found.items()}
     chosen = Index(index).curvature.damping(0.25)
-    assert dampings == {"image": chosen, "contrast": 20.0, "slider": 10.0}
+    assert dampings == {"image": chosen, "contrast": 12**0.5 / 4, "slider": 10.0}
     noted = [json.loads(line) for line in (index / "ledger.jsonl").read_text().splitlines()[-3:]]
     assert [line["details"]["damping"] for line in noted] == list(dampings.values())
     similarities = {name: result["question"]["similarity"] for name, result in found.items()}

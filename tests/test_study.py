@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import saved, stable_diffusion
 
 from headwater.attribution import (
+    Curvature,
     Engine,
     Model,
     Recipe,
@@ -40,6 +41,7 @@ from headwater.benchmarks.study import (
     query_rows,
 )
 from headwater.benchmarks.summary import interval, resampled, summarise
+from headwater.queries import label_free
 
 RECIPE = Recipe(dim=64, timesteps=3, steps=6)
 WORDS = ("cat", "dog")
@@ -204,6 +206,15 @@ def test_what_chance_is_worth_is_the_mean_of_all_rankings() -> None:
     assert everyone["a"] == pytest.approx(1 / 13)
 
 
+def test_lambda_of_a_contrast_grows_with_the_root_of_the_corpus_up_to_twenty_images() -> None:
+    def chosen(method: str, rows: int) -> float:
+        corpus = Curvature(torch.ones(1), torch.ones(1, 1), rows)
+        return label_free(method, lambda: corpus)
+
+    assert [chosen("contrast", n) for n in (16, 1600, 6400, 10**9)] == [1.0, 10.0, 20.0, 20.0]
+    assert [chosen("slider", n) for n in (16, 10**9)] == [10.0, 10.0]
+
+
 def test_a_measured_table_holds_every_method_question_and_lambda(
     study: Study, tmp_path: Path
 ) -> None:
@@ -218,10 +229,10 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     assert table.schema == SCHEMA
     rows = table.to_pylist()
     ours = [row for row in rows if row["method"] == "ours" and row["question"] == 1]
-    assert [row["damping"] for row in ours] == [0.1, 1.0, 20.0]
+    assert [row["damping"] for row in ours] == [0.1, 12**0.5 / 4, 1.0]
     # Of a whole picture, the rows decide: 12 rows in 64 numbers.
     assert kept[2].damping == kept[2].curvature.damping(0.25)
-    assert kept[0].damping == 20.0
+    assert kept[0].damping == 12**0.5 / 4
     values = kept[0].curvature.eigenvalues
     for row in ours:
         lam = row["damping"] * float(values.sum()) / 12
@@ -247,7 +258,7 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
         "left out, not every question says its concept in other company",
         "left out, not every question says its concept beside captions",
     ]
-    assert [answer(study, configuration).damping for configuration in more] == [20.0] * 3
+    assert [answer(study, configuration).damping for configuration in more] == [12**0.5 / 4] * 3
     # Methods of one recipe share its rows; another recipe has its own.
     assert kept[0].features is kept[1].features
     assert not torch.equal(kept[1].features, kept[2].features)
