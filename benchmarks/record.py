@@ -27,10 +27,11 @@ training seeds where there are several, and over pictures, which seeds share); *
 lambda that does best on the other half of the pictures; *best* the one that does best on these;
 *oracle* the best of each question, as the published code reports; *effective* the effective
 dimension trace K (K + lambda)^-1 at the label-free lambda, as a share of min(rows, width). lambda
-is in units of the rows' mean squared length. Label-free are 10 for questions about a concept and
-the half decade whose effective dimension is nearest to a quarter for those about a whole picture,
-the same for all methods and benchmarks; both were settled by looking at records of `emoji`, `faces`
-and `lds` (docs/damping.md), so the blind column is the disjoint one.
+is in units of the rows' mean squared length. Label-free are a quarter of the root of all images, at
+most 20, for a contrast, 10 for a slider, and for a whole picture the half decade whose effective
+dimension is nearest to a quarter, the same for all methods and benchmarks; they were settled by
+looking at records of `emoji`, `faces` and `lds` (docs/damping.md), so the blind column is the
+disjoint one.
 """
 
 

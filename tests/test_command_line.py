@@ -163,10 +163,11 @@ def test_quality_is_what_its_parts_ask(
     headwater: Command, tmp_path: Path, index: Path, model_folder: Path
 ) -> None:
     words = ("--prompt", "a red cat", "--contrast", "a drawing", "--top", 5)
+    damping = Index(index).curvature.rows ** 0.5 / 4
     found = {}
     for name, more in {
         "quality": ("--quality",),
-        "parts": ("--similarity", "standard", "--damping", 12**0.5 / 4, "--seeds", 16),
+        "parts": ("--similarity", "standard", "--damping", damping, "--seeds", 16),
         "fewer": ("--quality", "--seeds", 2),
     }.items():
         options = (*words, *more, "--device", "cpu", "--json", tmp_path / name)
@@ -238,8 +239,9 @@ def test_local_question_is_about_the_given_picture(
         assert f"damping={found[name]['question']['damping']}<" in page
     # What is saved holds the number, which the rows decide for a whole picture alone, and replays.
     dampings = {name: result["question"]["damping"] for name, result in found.items()}
-    chosen = Index(index).curvature.damping(0.25)
-    assert dampings == {"image": chosen, "contrast": 12**0.5 / 4, "slider": 10.0}
+    corpus = Index(index).curvature
+    chosen = {"image": corpus.damping(0.25), "contrast": corpus.rows**0.5 / 4, "slider": 10.0}
+    assert dampings == chosen
     noted = [json.loads(line) for line in (index / "ledger.jsonl").read_text().splitlines()[-3:]]
     assert [line["details"]["damping"] for line in noted] == list(dampings.values())
     similarities = {name: result["question"]["similarity"] for name, result in found.items()}
