@@ -56,8 +56,8 @@ def running(
 ) -> Iterator[None]:
     """Kernels that repeat to the bit, where that is asked for, and the caller's setting after.
 
-    A GPU given as `device` is the current one meanwhile: some of torch's operations (frexp, ldexp)
-    read another GPU's memory where it is not.
+    A GPU given as `device` is the current one meanwhile: torch.ldexp of 2.11 reads another GPU's
+    memory where it is not.
 
     Without `cudnn_attention` that kind of attention is not used, in forward passes, backward
     passes and those that recompute activations alike.
