@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from headwater import cli
+from headwater import Model, Recipe, build_index, cli
 
 SHARED = Path(os.environ.get("HEADWATER_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
@@ -52,6 +52,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.parquet"
     pq.write_table(corpus_table(), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, corpus: Path, model_folder: Path) -> Path:
+    """An index of ten good items and two bad ones, made through Python."""
+    folder = tmp_path_factory.mktemp("index") / "idx"
+    table = corpus_table()
+    images = table["image"].to_pylist()
+    images[3], images[7] = b"", images[7][:100]
+    path = folder.with_suffix(".parquet")
+    pq.write_table(table.set_column(1, "image", pa.array(images)), path)
+    model = Model.from_pretrained(model_folder, device="cpu")
+    summary = build_index(path, model, folder, recipe=Recipe(timesteps=2, dim=256))
+    assert (summary.items, summary.rows, sum(summary.quarantined.values())) == (12, 10, 2)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -95,3 +110,17 @@ def headwater(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return code, captured.out, captured.err
 
     return run
+
+
+def ask(headwater: Command, index: Path, model: Path, *more: object) -> tuple[int, str, str]:
+    words = ("query", index, "--model", model, "--seeds", 2, "--guidance", 2, "--quiet")
+    return headwater(*words, *more)
+
+
+def one_line(code: int, out: str, err: str) -> str:
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
