@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import tiny_art
 from PIL import Image
 
 from headwater import Model, Recipe, build_index, cli
+from headwater.benchmarks.study import Study
 
 SHARED = Path(os.environ.get("HEADWATER_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
@@ -67,6 +69,21 @@ def index(tmp_path_factory: pytest.TempPathFactory, corpus: Path, model_folder: 
     summary = build_index(path, model, folder, recipe=Recipe(timesteps=2, dim=256))
     assert (summary.items, summary.rows, sum(summary.quarantined.values())) == (12, 10, 2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def demo_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_art.demo_corpus(tmp_path_factory.mktemp("corpora") / "demo")
+
+
+@pytest.fixture(scope="module")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_art.tiny_corpus(tmp_path_factory.mktemp("corpora") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_study(tiny_corpus: Path, model_folder: Path) -> Study:
+    return tiny_art.tiny_study(tiny_corpus, model_folder)
 
 
 @pytest.fixture(autouse=True, scope="session")
