@@ -11,13 +11,7 @@ import pytest
 import tiny
 from conftest import Command, ask, corpus_table, one_line
 
-from headwater import (
-    Concept,
-    Index,
-    Model,
-    QueryError,
-    Recipe,
-)
+from headwater import Concept, Index, Model, QueryError, Recipe
 from headwater.index import StoredIndex
 
 SMALL = ("--timesteps", 2, "--dim", 256, "--quiet")

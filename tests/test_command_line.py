@@ -15,15 +15,7 @@ import pytest
 import tiny
 from conftest import Command, ask, corpus_table, one_line
 
-from headwater import (
-    Asking,
-    Concept,
-    Index,
-    Model,
-    QueryError,
-    Recipe,
-    build_index,
-)
+from headwater import Asking, Concept, Index, Model, QueryError, Recipe, build_index
 from headwater.index import StoredIndex
 from headwater.ingest.journal import Journal
 from headwater.printing import printable
