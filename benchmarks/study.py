@@ -97,7 +97,8 @@ class Configuration:
 
     def damping(self, curvature: Curvature) -> float:
         """The label-free lambda, in units of the mean squared length of rows of this curvature."""
-        return label_free("contrast" if self.query in FURTHER else self.query, lambda: curvature)
+        kind = "contrast" if self.query in FURTHER else self.query
+        return label_free(kind, lambda: curvature.rows, lambda: curvature)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,11 @@ class Index:
         Raises:
             IndexStoreError: the index was written without it.
         """
-        return Curvature.from_arrays(vars(StoredCurvature.of(self.stored)))
+        return Curvature.from_arrays(vars(self._stored_curvature))
+
+    @cached_property
+    def _stored_curvature(self) -> StoredCurvature:  # memory-mapped
+        return StoredCurvature.of(self.stored)
 
     def query(
         self,
@@ -118,7 +122,7 @@ class Index:
                 + (f" under {where!r}" if where else "")
                 + (f"; choose 1 to {available}" if available else "; widen --where")
             )
-        asking = asking.settled(lambda: self.curvature)
+        asking = asking.settled(lambda: self._stored_curvature.rows, lambda: self.curvature)
         wanted = asking.company
         concept, asking = self._accompanied(concept, asking, model)
         engine = Engine(model, self.recipe)

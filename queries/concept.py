@@ -118,14 +118,14 @@ class Asking:
             raise QueryError("damping is None, as it is until an index settles it; give a number")
         return Metric(self._similarity, self.preconditioning, self.damping)
 
-    def settled(self, curvature: Callable[[], Curvature]) -> Asking:
+    def settled(self, rows: Callable[[], int], curvature: Callable[[], Curvature]) -> Asking:
         """With the similarity and the damping that are taken where none was given.
 
         What is saved shall replay, whatever rows are added or deleted by then.
         """
         damping = self.damping
         if damping is None and self.preconditioning != "none":
-            damping = label_free(self.method, curvature)
+            damping = label_free(self.method, rows, curvature)
         return replace(self, similarity=self._similarity, damping=damping)
 
 
@@ -138,15 +138,16 @@ def usual_similarity(method: str, preconditioning: str) -> str:
     return "standard" if (method, preconditioning) == ("contrast", "query") else "ip"
 
 
-def label_free(method: str, curvature: Callable[[], Curvature]) -> float:
+def label_free(method: str, rows: Callable[[], int], curvature: Callable[[], Curvature]) -> float:
     """The damping that a question of this kind is asked with when none is given.
 
-    `curvature` gives the corpus's, and is called by the kinds alone that depend on it.
+    `rows` counts those that the corpus's curvature is of, and `curvature` reads it, which a large
+    index takes a while for: each is called by the kinds alone that depend on it.
     """
     if method in DAMPINGS:
         return DAMPINGS[method]
     if method == "contrast":
-        return min(MOST, math.sqrt(curvature().rows) / 4)
+        return min(MOST, math.sqrt(rows()) / 4)
     return curvature().damping(SHARES[method])
 
 

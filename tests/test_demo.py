@@ -37,7 +37,7 @@ def test_precision_over_all_held_out_pairs_and_both_concepts(folder: Path) -> No
     items = index.stored.items()
     engine = Engine(model, index.recipe)
     asking = Asking(seeds=4)  # half the default: quicker, and harder
-    damping = label_free(asking.method, lambda: index.curvature)
+    damping = label_free(asking.method, lambda: index.curvature.rows, lambda: index.curvature)
     right: dict[str, list[float]] = {"asked": [], "flipped": []}
     keys = [f"query/{seed}" for seed in range(asking.seeds)]
     for object_name, studio in HELD_OUT:

@@ -209,7 +209,7 @@ def test_what_chance_is_worth_is_the_mean_of_all_rankings() -> None:
 def test_lambda_of_a_contrast_grows_with_the_root_of_the_corpus_up_to_twenty_images() -> None:
     def chosen(method: str, rows: int) -> float:
         corpus = Curvature(torch.ones(1), torch.ones(1, 1), rows)
-        return label_free(method, lambda: corpus)
+        return label_free(method, lambda: corpus.rows, lambda: corpus)
 
     assert [chosen("contrast", n) for n in (16, 1600, 6400, 10**9)] == [1.0, 10.0, 20.0, 20.0]
     assert [chosen("slider", n) for n in (16, 10**9)] == [10.0, 10.0]
