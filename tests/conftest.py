@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import forged_index
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,6 +70,12 @@ def index(tmp_path_factory: pytest.TempPathFactory, corpus: Path, model_folder: 
     summary = build_index(path, model, folder, recipe=Recipe(timesteps=2, dim=256))
     assert (summary.items, summary.rows, sum(summary.quarantined.values())) == (12, 10, 2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of two commits, made without a model."""
+    return forged_index.write_index(tmp_path_factory.mktemp("committed") / "idx")
 
 
 @pytest.fixture(scope="module")

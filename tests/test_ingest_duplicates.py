@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from conftest import Command, corpus_table, png
-from test_index_verify import forge, named, parquet, with_column
+from forged_index import forge, named, parquet, with_column
 from test_index_writer import VERSION_1, without_ledger
 
 import headwater as hw
