@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -21,11 +22,10 @@ import pyarrow as pa
 
 from .duck import (
     Forbidden,
+    check_call,
     connect,
     connect_items,
-    impure_functions,
     lock,
-    macros,
     nodes,
     parse_expression,
     position_name,
@@ -151,11 +151,4 @@ def _check_expression(where: str) -> None:
 def _check_node(connection: duckdb.DuckDBPyConnection, node: dict[str, Any]) -> None:
     if node.get("class") == "SUBQUERY":
         raise Forbidden("subqueries are not allowed; compare the columns of one row")
-    if node.get("class") != "FUNCTION":
-        return
-    name = str(node["function_name"]).lower()
-    if name in impure_functions():
-        raise Forbidden(f"the function {name} is not allowed: it reads more than its arguments")
-    for definition in macros().get(name, ()):
-        for inner in nodes(parse_expression(connection, definition)):
-            _check_node(connection, inner)
+    check_call(connection, node, partial(_check_node, connection))

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -153,18 +153,31 @@ def nodes(tree: Any) -> Iterator[dict[str, Any]]:
             yield from nodes(child)
 
 
-def impure_functions() -> frozenset[str]:
-    """Names of DuckDB functions whose value depends on more than their arguments."""
-    return _functions()[0]
+def check_call(
+    connection: duckdb.DuckDBPyConnection,
+    node: dict[str, Any],
+    check: Callable[[dict[str, Any]], None],
+    harmless: Collection[str] = (),
+) -> None:
+    """Let `node` call no function whose value depends on more than its arguments.
 
-
-def macros() -> dict[str, list[str]]:
-    """DuckDB's own macros with their definitions, in which a forbidden function might hide."""
-    return _functions()[1]
+    `check` is given every node of a macro of DuckDB's own that it calls, in which such a function
+    might hide; `harmless` ones may be called all the same. Raises Forbidden.
+    """
+    if node.get("class") != "FUNCTION":
+        return
+    name = str(node["function_name"]).lower()
+    impure, macros = _functions()
+    if name in impure and name not in harmless:
+        raise Forbidden(f"the function {name} is not allowed: it reads more than its arguments")
+    for definition in macros.get(name, ()):
+        for inner in nodes(parse_expression(connection, definition)):
+            check(inner)
 
 
 @cache
 def _functions() -> tuple[frozenset[str], dict[str, list[str]]]:
+    """Names of DuckDB's impure functions, and its macros with their definitions."""
     with connect() as connection:
         rows = connection.execute(
             "SELECT lower(function_name), macro_definition FROM duckdb_functions() "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ import pyarrow as pa
 
 from .duck import (
     Forbidden,
+    check_call,
     connect,
     connect_items,
-    impure_functions,
     lock,
-    macros,
     nodes,
     parse,
     parse_expression,
@@ -183,13 +183,8 @@ def _check_node(
         name = str(node["function"].get("function_name", "")).lower()
         if name not in _TABLE_FUNCTIONS:
             raise Forbidden(f"the table function {name} is not allowed; read from items")
-    elif node.get("class") == "FUNCTION":
-        name = str(node["function_name"]).lower()
-        if name in impure_functions() - _HARMLESS:
-            raise Forbidden(f"the function {name} is not allowed: it reads more than its arguments")
-        for definition in macros().get(name, ()):
-            for inner in nodes(parse_expression(connection, definition)):
-                _check_node(connection, inner, frozenset())
+    inside = partial(_check_node, connection, tables=frozenset())
+    check_call(connection, node, inside, _HARMLESS)
 
 
 def _hits(path: Path, columns: Sequence[str]) -> pa.Table:
