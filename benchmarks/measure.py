@@ -6,11 +6,11 @@ against the carriers of the question's concept.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import bm25s
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -228,6 +228,7 @@ def random_scores(study: Study) -> npt.NDArray[np.float64]:
 
 def caption_scores(study: Study) -> npt.NDArray[np.float64]:
     """Caption search: BM25 of the words that the prompt has and the contrast has not."""
+    bm25s = _bm25()
     nothing = np.zeros(len(study.corpus))
     words = bm25s.tokenize(list(study.corpus.captions), stopwords=None, show_progress=False)
     if not any(words.ids):  # no caption says a word
@@ -235,17 +236,25 @@ def caption_scores(study: Study) -> npt.NDArray[np.float64]:
     retriever = bm25s.BM25()
     retriever.index(words, show_progress=False)
     columns = []
+
+    def said(text: str) -> list[str]:
+        tokens = bm25s.tokenize([text], stopwords=None, show_progress=False, return_ids=False)
+        return list(tokens[0])
+
     for question in study.questions:
-        lacking = set(_words(question.contrast))
-        asked = [word for word in _words(question.prompt) if word not in lacking]
+        lacking = set(said(question.contrast))
+        asked = [word for word in said(question.prompt) if word not in lacking]
         known = [word for word in asked if word in words.vocab]
         columns.append(retriever.get_scores(known).astype(np.float64) if known else nothing)
     return np.stack(columns, 1)
 
 
-def _words(text: str) -> list[str]:
-    tokens = bm25s.tokenize([text], stopwords=None, show_progress=False, return_ids=False)
-    return list(tokens[0])
+def _bm25() -> Any:
+    """The library, which imports JAX where it is there; that would take most of a GPU's memory."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import bm25s
+
+    return bm25s
 
 
 @torch.no_grad()
