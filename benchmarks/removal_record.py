@@ -18,6 +18,7 @@ from headwater.benchmarks.summary import interval, resampled
 
 CARRIERS = "random carriers"
 ASKED_FIRST = "random carriers, asked captions first"
+_EFFECTS = ("drop", "loss_rise")  # on the concept itself
 MEASURES = ("drop", "collateral", "loss_rise", "loss_collateral")
 SCHEMA = pa.schema(
     [
@@ -89,7 +90,7 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for fraction in sorted({row["fraction"] for row in rows}):
         here = [row for row in rows if row["fraction"] == fraction]
-        for measure in ("drop", "loss_rise"):
+        for measure in _EFFECTS:
             effects = {method: _mean(here, method, measure) for method in rivals}
             best = sorted(effects, key=effects.__getitem__, reverse=True)[:1]
             name = measure.replace("_", " ")
@@ -125,8 +126,34 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"| {_mean(here, method, 'loss_rise'):.4f} | {below:.4f} to {above:.4f} "
                 f"| {_mean(here, method, 'loss_collateral'):.4f} |"
             )
-        lines.append("")
+        lines += ["", *_kinds(here)]
     return lines
+
+
+def _kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Our effects over the stronger control's, for each kind of concept alone."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    kinds = list(dict.fromkeys(row["concept"] for row in rows))
+    if ASKED_FIRST not in methods or len(kinds) < 2:
+        return []
+    titles = [f"{kind}, {measure.replace('_', ' ')}" for kind in kinds for measure in _EFFECTS]
+    lines = [
+        f'Times the effect of "{ASKED_FIRST}", by kind of concept:',
+        "",
+        f"| method | {' | '.join(titles)} |",
+        "|---" * (1 + len(titles)) + "|",
+    ]
+    for method in methods:
+        if method not in METHODS_TABLE or METHODS_TABLE[method].source != "ours":
+            continue
+        cells = []
+        for kind in kinds:
+            here = [row for row in rows if row["concept"] == kind]
+            for measure in _EFFECTS:
+                value, low, high = ratio(here, method, ASKED_FIRST, measure)
+                cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], method: str, measure: str) -> float:
@@ -141,9 +168,8 @@ def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     fractions = sorted({row["fraction"] for row in rows})
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(methods)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (measure, title) in zip(
-        axes, (("drop", "drop of its presence"), ("loss_rise", "rise of its loss")), strict=True
-    ):
+    titles = ("drop of its presence", "rise of its loss")
+    for axis, measure, title in zip(axes, _EFFECTS, titles, strict=True):
         for number, fraction in enumerate(fractions):
             here = [row for row in rows if row["fraction"] == fraction]
             places = np.arange(len(methods)) + 0.2 * (number - (len(fractions) - 1) / 2)

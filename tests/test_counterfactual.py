@@ -244,6 +244,25 @@ def test_ours_is_set_against_the_best_other_method_and_the_controls() -> None:
     )
 
 
+def test_each_kind_of_concept_is_set_against_the_control_alone() -> None:
+    effects = {"headwater": {"object": 0.6, "studio": 0.1}, "das": {"object": 0.2, "studio": 0.2}}
+    effects[removal_record.ASKED_FIRST] = {"object": 0.3, "studio": 0.4}
+    rows = [
+        {"method": m, "replicate": 0, "concept": kind, "picture": "p", "drop": d, "loss_rise": d}
+        for m, of in effects.items()
+        for kind, d in of.items()
+    ]
+    assert removal_record._kinds(rows)[2:] == [
+        "| method | object, drop | object, loss rise | studio, drop | studio, loss rise |",
+        "|---|---|---|---|---|",
+        "| headwater | "
+        + " | ".join(["2.00 (2.00 to 2.00)"] * 2 + ["0.25 (0.25 to 0.25)"] * 2)
+        + " |",
+        "",
+    ]
+    assert removal_record._kinds([row for row in rows if row["concept"] == "object"]) == []
+
+
 def test_a_bad_judge_is_refused() -> None:
     trained = tiny_material.pictures()
     with pytest.raises(BenchmarkError, match="judges nothing"):

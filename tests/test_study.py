@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -277,6 +279,26 @@ def test_a_measured_table_holds_every_method_question_and_lambda(
     page = np.asarray(Image.open(tmp_path / "grid.png"))
     assert (page == [0, 128, 0]).all(2).any()
     assert (page == [255, 0, 0]).all(2).any()
+
+
+def test_caption_search_leaves_the_gpu_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # bm25s imports JAX where it is installed, and JAX takes most of the GPU on which it starts.
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("import os\nON = os.environ.get('JAX_PLATFORMS')\n")
+    (tmp_path / "jax/lax.py").write_text("def top_k(values, k):\n    return values, values\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for given in ("", "cuda"):
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+        if not given:
+            monkeypatch.delenv("JAX_PLATFORMS")
+        with patch.dict(sys.modules):
+            for name in [name for name in sys.modules if name.split(".")[0] in ("bm25s", "jax")]:
+                del sys.modules[name]
+            measuring._bm25()
+            platforms = sys.modules["jax"].ON
+            assert platforms == (given or "cpu")
 
 
 def test_one_concept_blind_ranking_is_right_half_of_the_time(study: Study) -> None:
