@@ -2,9 +2,9 @@
 
 What a model draws of the combination that it was never shown must be recognised, every attribute
 of it, in nine of ten pictures, by a classifier trained on fresh renders; otherwise the picture
-that a benchmark asks about does not exist and its run is void. The replicates share the
-autoencoder, which has seen every combination and is not what is asked about; they differ in the
-seed of text encoder and UNet.
+that a benchmark asks about does not exist and the model is void: it stays on record, and the next
+seed takes its place. The replicates share the autoencoder, which has seen every combination and is
+not what is asked about; they differ in the seed of text encoder and UNet.
 
     OUT/settings.json   what the models were trained with
     OUT/vae/            the autoencoder
@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -70,39 +71,66 @@ def models(
     pictures: Pictures,
     cfg: Settings,
     replicates: int,
+    attempts: int,
     device: torch.device,
     progress: Progress,
-) -> list[Path]:
-    """The folders of the replicates' models, trained where they are not there yet.
+) -> dict[int, Path]:
+    """The folders of so many models that pass the gate, by seed, from `cfg.seed` up.
+
+    They are trained where they are not there yet, at most `attempts` of them.
 
     Raises:
-        GateError: a model fails the gate; its record stays in its folder.
+        GateError: too few pass; the records of those that fail stay in their folders.
         BenchmarkError: `out` holds models that were trained with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     _same_settings(out / "settings.json", world, len(pictures.keys), cfg)
-    folders = [out / f"model-{cfg.seed + number}" for number in range(replicates)]
-    if not all(folder.exists() for folder in folders):
+    found: dict[int, Path] = {}
+    refused: list[str] = []
+
+    @cache
+    def workshop() -> tuple[torch.Tensor, Any, Classifier, dict[str, float]]:
         images = pictures.images.to(device)
         vae = _autoencoder(out / "vae", world, len(images), cfg, device, progress)
         classifier, accuracy = recogniser(world, vae, cfg, device)
         progress.say(f"classifier on fresh renders: {accuracy}")
         progress.stage_done("classifier")
-        for number, folder in enumerate(folders):
-            if not folder.exists():
-                seeded = replace(cfg, seed=cfg.seed + number)
-                part = folder.with_name(folder.name + ".part")
-                shutil.rmtree(part, ignore_errors=True)
-                pipe, notes = _train(world, pictures, images, vae, classifier, seeded, progress)
-                pipe.save_pretrained(part, safe_serialization=True)
-                progress.stage_done(f"model {seeded.seed}")
-                record = judge(part, world, pipe, classifier, accuracy, seeded)
-                (part / "gate.json").write_text(json.dumps(record | notes, indent=2) + "\n")
-                part.rename(folder)
-            admit(folder)
-    for folder in folders:
-        admit(folder)
-    return folders
+        return images, vae, classifier, accuracy
+
+    for seed in range(cfg.seed, cfg.seed + attempts):
+        folder, seeded = out / f"model-{seed}", replace(cfg, seed=seed)
+        if not folder.exists():
+            images, vae, classifier, accuracy = workshop()
+            part = folder.with_name(folder.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            pipe, notes = _train(world, pictures, images, vae, classifier, seeded, progress)
+            pipe.save_pretrained(part, safe_serialization=True)
+            progress.stage_done(f"model {seed}")
+            judged = judge(part, world, pipe, classifier, accuracy, seeded)
+            (part / "gate.json").write_text(json.dumps(judged | notes, indent=2) + "\n")
+            part.rename(folder)
+        record = json.loads((folder / "gate.json").read_text())
+        if record["passed"]:
+            found[seed] = folder
+        else:
+            refused.append(_refusal(folder, record))
+            progress.say(refused[-1])
+        if len(found) == replicates:
+            return found
+        if min(record["classifier_accuracy"].values()) < ACCURACY:
+            break  # it judges the others, too
+    raise GateError(
+        f"the run is void, {len(found)} of {replicates} models are not: {'; '.join(refused)}; see "
+        "gate.json and samples.png there, then train longer in another folder or allow more "
+        "attempts"
+    )
+
+
+def void(out: Path) -> dict[int, dict[str, Any]]:
+    """The gate's records of the models in `out` that failed it, by seed."""
+    records = [json.loads(path.read_text()) for path in out.glob("model-*/gate.json")]
+    failed = {r["settings"]["seed"]: r for r in records if not r["passed"]}
+    return dict(sorted(failed.items()))
 
 
 def untrained(world: World, folder: Path, cfg: Settings) -> Any:
@@ -113,22 +141,13 @@ def untrained(world: World, folder: Path, cfg: Settings) -> Any:
     return assemble(vae, build_text_encoder(tokenizer, cfg.text_width), tokenizer, build_unet(cfg))
 
 
-def admit(folder: Path) -> dict[str, Any]:
-    """The record of a gated model.
-
-    Raises:
-        GateError: it did not pass.
-    """
-    record: dict[str, Any] = json.loads((folder / "gate.json").read_text())
-    if not record["passed"]:
-        weakest = min(record["classifier_accuracy"].values())
-        raise GateError(
-            f"{folder} failed its gate, the run is void: {record['asked']!r} is recognised in "
-            f"{record['joint_rate']:.2f} of its pictures ({RATE} are needed), the classifier is "
-            f"right in {weakest:.3f} of fresh renders ({ACCURACY} are needed); see "
-            "gate.json and samples.png there, then train longer in another folder"
-        )
-    return record
+def _refusal(folder: Path, record: Mapping[str, Any]) -> str:
+    weakest = min(record["classifier_accuracy"].values())
+    return (
+        f"{folder} failed its gate: {record['asked']!r} is recognised in "
+        f"{record['joint_rate']:.2f} of its pictures ({RATE} are needed), the classifier is right "
+        f"in {weakest:.3f} of fresh renders ({ACCURACY} are needed)"
+    )
 
 
 def judge(

@@ -35,6 +35,7 @@ TRAINING = {"vae_steps": 1000, "vae_learning_rate": 5e-4, "gate_images": 100}
 SMALL: dict[str, Any] = {
     "images": 2000,
     "replicates": 1,
+    "attempts": 1,
     "pictures": 4,
     "seeds": 2,
     "batch": 64,
@@ -62,6 +63,7 @@ def run_world(
     *,
     images: int = 10_000,
     replicates: int = 5,
+    attempts: int | None = None,
     pictures: int = 8,
     seeds: int = 4,
     batch: int = 512,
@@ -80,7 +82,8 @@ def run_world(
         intro: for the record, in Markdown.
         out: folder of the record and of the models; a run that was broken off goes on.
         images: in the training set.
-        replicates: training seeds, each a model.
+        replicates: training seeds, each a model that draws the combination that it never saw.
+        attempts: seeds at most, as those whose models do not are void; None: three times as many.
         pictures: asked about, of each combination.
         seeds: drawings of each picture, averaged in a query.
         batch: images per forward pass.
@@ -97,7 +100,7 @@ def run_world(
         A row for each method, question and damping, by `measure.SCHEMA`.
 
     Raises:
-        GateError: a model does not draw the combination that it never saw; the run is void.
+        GateError: too few models draw the combination that they never saw; the run is void.
         BenchmarkError: an unknown method or setting of training, a count below 1, or `out` holds
             models trained with other settings.
     """
@@ -105,6 +108,9 @@ def run_world(
     for name in ("images", "replicates", "pictures", "seeds", "batch"):
         if settings[name] < 1:
             raise BenchmarkError(f"{name} is {settings[name]}; it must be at least 1")
+    attempts = 3 * replicates if attempts is None else attempts
+    if attempts < replicates:
+        raise BenchmarkError(f"attempts is {attempts}; {replicates} replicates need as many")
     base = Recipe.from_dict(recipe or {})
     chosen = methods_of(methods, base)
     cfg = _training({**TRAINING, **(training or {})})
@@ -112,14 +118,15 @@ def run_world(
     where = usable_device(device)
     begun = begin(out, world.name, settings, device=where, corpus=_digest(corpus), say=say)
     folders = world_models.models(
-        out / "models", world, corpus, cfg, replicates, where, Progress(say)
+        out / "models", world, corpus, cfg, replicates, attempts, where, Progress(say)
     )
+    intro = intro.rstrip() + _of_void(world_models.void(out / "models"))
     asked = questions(world, corpus, pictures)
     metrics = {question.concept: "precision_at_10" for question in asked}
     by_chance = chance(asked, metrics)
     record.follow(begun, metrics, intro=intro, chance=by_chance)
     tables = []
-    for replicate, folder in enumerate(folders):
+    for replicate, folder in folders.items():
         model = Model.from_pretrained(folder, device=str(where), dtype=dtype)
         seen = _as_seen(world, model, corpus)
         study = Study(
@@ -129,7 +136,7 @@ def run_world(
             questions=in_company(asked, seen),
             seeds=seeds,
             batch=batch,
-            replicate=cfg.seed + replicate,
+            replicate=replicate,
             steps=cfg.sampling_steps,  # drawn as at the gate
             guidance=cfg.guidance,
         )
@@ -137,12 +144,21 @@ def run_world(
         if controls:
             control, untaught = _control(world, folder, study, controls, base, cfg)
             tables.append(measure(control, untaught, say, baselines={}, parts=begun.parts))
-        if replicate == 0:
+        if replicate == min(folders):
             _top10(study, tables[0], corpus, out / "top10.png")
     table = pa.concat_tables(tables)
     record.write(begun, table, metrics, intro=intro, chance=by_chance)
     begun.finish()
     return table
+
+
+def _of_void(records: Mapping[int, Mapping[str, Any]]) -> str:
+    """The models that failed the gate, for the record's introduction; nothing of none."""
+    told = [
+        f"seed {seed} ({gate['asked']!r} recognised in {gate['joint_rate']:.2f} of its pictures)"
+        for seed, gate in records.items()
+    ]
+    return f"\n\nVoid, as they failed the gate: models of {', '.join(told)}." if told else ""
 
 
 def _digest(corpus: Pictures) -> str:

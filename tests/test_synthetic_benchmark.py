@@ -16,9 +16,11 @@ from conftest import Stopped, stopping_at
 
 from headwater.attribution import Engine
 from headwater.benchmarks import study as studies
-from headwater.benchmarks import synthetic, world_models
+from headwater.benchmarks import synthetic, world_models, world_study
 from headwater.benchmarks.errors import BenchmarkError
 from headwater.benchmarks.measure import ceiling_scores, ranking_metrics
+from headwater.benchmarks.small_models import Settings
+from headwater.benchmarks.small_training import Progress
 from headwater.benchmarks.study import Corpus, Study
 from headwater.benchmarks.world_models import GateError, nonsense
 from headwater.benchmarks.worlds import Pictures, draw, questions
@@ -157,6 +159,40 @@ def test_gate_refuses_a_model_that_draws_no_red_triangle(void: tuple[Path, str])
         synthetic.run(out, **TINY, say=lambda line: None)
 
 
+def test_the_next_seed_takes_the_place_of_a_void_model(tmp_path: Path, corpus: Pictures) -> None:
+    def gated(seed: int, rate: float, accuracy: float = 1.0) -> None:
+        (tmp_path / f"model-{seed}").mkdir(exist_ok=True)
+        record = {
+            "passed": min(rate, accuracy) > 0.95,
+            "asked": "a red triangle",
+            "joint_rate": rate,
+            "classifier_accuracy": {"shape": accuracy},
+            "settings": {"seed": seed},
+        }
+        (tmp_path / f"model-{seed}/gate.json").write_text(json.dumps(record))
+
+    def models(replicates: int, attempts: int) -> dict[int, Path]:
+        where, progress = torch.device("cpu"), Progress(lambda line: None)
+        return world_models.models(
+            tmp_path, WORLD, corpus, Settings(seed=3), replicates, attempts, where, progress
+        )
+
+    for seed, rate in ((3, 0.5), (4, 1.0), (5, 0.62), (6, 0.99)):
+        gated(seed, rate)
+    assert models(2, 4) == {4: tmp_path / "model-4", 6: tmp_path / "model-6"}
+    assert list(models(1, 4)) == [4]
+    with pytest.raises(GateError, match=r"1 of 2 models are not: .*model-3 .*model-5 .*0\.62"):
+        models(2, 3)
+    assert world_study._of_void(world_models.void(tmp_path)).endswith(
+        "models of seed 3 ('a red triangle' recognised in 0.50 of its pictures), seed 5 "
+        "('a red triangle' recognised in 0.62 of its pictures)."
+    )
+    gated(3, 0.5, accuracy=0.8)  # who judges all of them is no judge
+    with pytest.raises(GateError, match=r"0 of 1 models are not: .*model-3 ") as refusal:
+        models(1, 4)
+    assert "model-4" not in str(refusal.value)
+
+
 def test_models_of_other_settings_are_not_mixed(void: tuple[Path, str]) -> None:
     other = {**TINY, "training": {**TINY["training"], "learning_rate": 1e-4}}
     with pytest.raises(BenchmarkError, match=r"other settings \(learning_rate\)"):
@@ -168,6 +204,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ({"methods": ["magic"]}, "method 'magic' is unknown; choose from"),
         ({"training": {"stps": 3}}, "training has no setting 'stps'; choose from seed"),
         ({"pictures": 0}, "pictures is 0; it must be at least 1"),
+        ({"replicates": 2}, "attempts is 1; 2 replicates need as many"),
     ):
         with pytest.raises(BenchmarkError, match=message):
             synthetic.run(tmp_path, **{**TINY, **change})
