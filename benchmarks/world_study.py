@@ -35,7 +35,6 @@ TRAINING = {"vae_steps": 1000, "vae_learning_rate": 5e-4, "gate_images": 100}
 SMALL: dict[str, Any] = {
     "images": 2000,
     "replicates": 1,
-    "attempts": 1,
     "pictures": 4,
     "seeds": 2,
     "batch": 64,

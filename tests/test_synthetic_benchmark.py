@@ -30,6 +30,7 @@ UNSEEN = ("shape, unseen", "colour, unseen")
 SEEN = ("shape, seen", "colour, seen")
 TINY: dict[str, Any] = {
     **synthetic.SMALL,
+    "attempts": 1,
     "images": 120,
     "pictures": 2,
     "methods": ["headwater", "d-trak", "headwater-company"],
