@@ -119,6 +119,7 @@ def run(
     concepts: int = 2,
     fractions: Sequence[float] = (0.05, 0.1, 0.2),
     seeds: int = 3,
+    first_seed: int = 0,
     contexts: int = 3,
     query_seeds: int = 8,
     captions: int = 40,
@@ -153,6 +154,7 @@ def run(
         concepts: of each kind, evenly taken.
         fractions: of the corpus that are removed.
         seeds: trainings; each has a model trained on everything, which is attributed.
+        first_seed: of them; the others follow it, so that a later run can add to a record.
         contexts: captions with the concept that a method is asked about, averaged.
         query_seeds: pictures drawn for each of them.
         captions: that every retrained model draws, evenly taken, with `draws` pictures of each.
@@ -186,17 +188,18 @@ def run(
     some = np.random.default_rng(0).permutation(len(material.unseen))[:loss_pictures]
     lost = material.unseen.rows(some.tolist())
     probe = probe_of(base, judge, trained, lost, sampling, noises)
-    folders = [out / "models" / f"replicate-{seed}" for seed in range(seeds)]
+    trainings = range(first_seed, first_seed + seeds)
+    folders = [out / "models" / f"replicate-{seed}" for seed in trainings]
 
     def knowledge(stacked: nn.Module) -> pa.Table:
         known = presence(probe, stacked), losses(probe, stacked)
         return pa.table(dict(zip(("presence", "loss"), (k.tolist() for k in known), strict=True)))
 
     def whole() -> pa.Table:
-        everything = [Job(torch.arange(len(trained)), seed) for seed in range(seeds)]
+        everything = [Job(torch.arange(len(trained)), seed) for seed in trainings]
         stacked = train(base, lessons, everything, training, at_once=at_once, say=say)
-        for seed, folder in enumerate(folders):
-            saved_model(base, stacked, seed, training, folder)
+        for place, folder in enumerate(folders):
+            saved_model(base, stacked, place, training, folder)
         return knowledge(stacked)
 
     def rankings(study: Study, method: str, make: Scoring) -> pa.Table:
@@ -204,9 +207,9 @@ def run(
         return pa.Table.from_pylist([asdict(removal) for removal in of_method])
 
     # Kept when the models are: whoever goes on need not train again.
-    before = begun.parts.once(whole, "before").to_pylist()
+    before = dict(zip(trainings, begun.parts.once(whole, "before").to_pylist(), strict=True))
     removals: list[Removal] = []
-    for seed, folder in enumerate(folders):
+    for seed, folder in zip(trainings, folders, strict=True):
         attributed = Model.from_pretrained(folder, device=str(base.device), dtype="float32")
         study = study_of(attributed, trained, kinds, concepts, contexts, query_seeds, seed)
         for method, make in scores_of(study, named, say):
