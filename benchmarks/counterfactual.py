@@ -188,17 +188,17 @@ def run(
     some = np.random.default_rng(0).permutation(len(material.unseen))[:loss_pictures]
     lost = material.unseen.rows(some.tolist())
     probe = probe_of(base, judge, trained, lost, sampling, noises)
-    trainings = range(first_seed, first_seed + seeds)
-    folders = [out / "models" / f"replicate-{seed}" for seed in trainings]
+    chosen = range(first_seed, first_seed + seeds)
+    folders = {seed: out / "models" / f"replicate-{seed}" for seed in chosen}
 
     def knowledge(stacked: nn.Module) -> pa.Table:
         known = presence(probe, stacked), losses(probe, stacked)
         return pa.table(dict(zip(("presence", "loss"), (k.tolist() for k in known), strict=True)))
 
     def whole() -> pa.Table:
-        everything = [Job(torch.arange(len(trained)), seed) for seed in trainings]
+        everything = [Job(torch.arange(len(trained)), seed) for seed in folders]
         stacked = train(base, lessons, everything, training, at_once=at_once, say=say)
-        for place, folder in enumerate(folders):
+        for place, folder in enumerate(folders.values()):
             saved_model(base, stacked, place, training, folder)
         return knowledge(stacked)
 
@@ -207,9 +207,9 @@ def run(
         return pa.Table.from_pylist([asdict(removal) for removal in of_method])
 
     # Kept when the models are: whoever goes on need not train again.
-    before = dict(zip(trainings, begun.parts.once(whole, "before").to_pylist(), strict=True))
+    before = dict(zip(folders, begun.parts.once(whole, "before").to_pylist(), strict=True))
     removals: list[Removal] = []
-    for seed, folder in zip(trainings, folders, strict=True):
+    for seed, folder in folders.items():
         attributed = Model.from_pretrained(folder, device=str(base.device), dtype="float32")
         study = study_of(attributed, trained, kinds, concepts, contexts, query_seeds, seed)
         for method, make in scores_of(study, named, say):

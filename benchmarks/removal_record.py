@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def _over(ours: float, rival: float) -> float:
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Our drops and loss rises against the best other method's and the controls'."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    ours = [m for m in methods if m in METHODS_TABLE and METHODS_TABLE[m].source == "ours"]
+    ours = _ours(methods)
     rivals = [m for m in methods if m not in (*ours, CARRIERS, ASKED_FIRST, *BASELINES)]
     controls = [m for m in methods if m in (CARRIERS, ASKED_FIRST, *BASELINES)]
     lines = []
@@ -102,6 +102,10 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 told_of = f"the {name} by {mine} is {', '.join(ratios)}"
                 lines.append(f"- {fraction:.0%} removed: {told_of}.")
     return [*lines, ""]
+
+
+def _ours(methods: Iterable[str]) -> list[str]:
+    return [m for m in methods if m in METHODS_TABLE and METHODS_TABLE[m].source == "ours"]
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -143,9 +147,7 @@ def _kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"| method | {' | '.join(titles)} |",
         "|---" * (1 + len(titles)) + "|",
     ]
-    for method in methods:
-        if method not in METHODS_TABLE or METHODS_TABLE[method].source != "ours":
-            continue
+    for method in _ours(methods):
         cells = []
         for kind in kinds:
             here = [row for row in rows if row["concept"] == kind]

@@ -74,10 +74,13 @@ def models(
     attempts: int,
     device: torch.device,
     progress: Progress,
-) -> dict[int, Path]:
-    """The folders of so many models that pass the gate, by seed, from `cfg.seed` up.
+) -> tuple[dict[int, Path], dict[int, dict[str, Any]]]:
+    """Models until so many pass the gate, at most `attempts`, with the seeds from `cfg.seed` up.
 
-    They are trained where they are not there yet, at most `attempts` of them.
+    They are trained where they are not there yet.
+
+    Returns:
+        The folders of those that pass, and the gate's records of those that do not, by seed.
 
     Raises:
         GateError: too few pass; the records of those that fail stay in their folders.
@@ -86,7 +89,7 @@ def models(
     out.mkdir(parents=True, exist_ok=True)
     _same_settings(out / "settings.json", world, len(pictures.keys), cfg)
     found: dict[int, Path] = {}
-    refused: list[str] = []
+    void: dict[int, dict[str, Any]] = {}
 
     @cache
     def workshop() -> tuple[torch.Tensor, Any, Classifier, dict[str, float]]:
@@ -113,24 +116,18 @@ def models(
         if record["passed"]:
             found[seed] = folder
         else:
-            refused.append(_refusal(folder, record))
-            progress.say(refused[-1])
+            void[seed] = record
+            progress.say(_refusal(folder, record))
         if len(found) == replicates:
-            return found
+            return found, void
         if min(record["classifier_accuracy"].values()) < ACCURACY:
             break  # it judges the others, too
+    refused = "; ".join(_refusal(out / f"model-{seed}", void[seed]) for seed in void)
     raise GateError(
-        f"the run is void, {len(found)} of {replicates} models are not: {'; '.join(refused)}; see "
+        f"the run is void, {len(found)} of {replicates} models are not: {refused}; see "
         "gate.json and samples.png there, then train longer in another folder or allow more "
         "attempts"
     )
-
-
-def void(out: Path) -> dict[int, dict[str, Any]]:
-    """The gate's records of the models in `out` that failed it, by seed."""
-    records = [json.loads(path.read_text()) for path in out.glob("model-*/gate.json")]
-    failed = {r["settings"]["seed"]: r for r in records if not r["passed"]}
-    return dict(sorted(failed.items()))
 
 
 def untrained(world: World, folder: Path, cfg: Settings) -> Any:

@@ -116,10 +116,10 @@ def run_world(
     corpus = world_models.corpus(world, images)
     where = usable_device(device)
     begun = begin(out, world.name, settings, device=where, corpus=_digest(corpus), say=say)
-    folders = world_models.models(
+    folders, void = world_models.models(
         out / "models", world, corpus, cfg, replicates, attempts, where, Progress(say)
     )
-    intro = intro.rstrip() + _of_void(world_models.void(out / "models"))
+    intro = intro.rstrip() + _of_void(void)
     asked = questions(world, corpus, pictures)
     metrics = {question.concept: "precision_at_10" for question in asked}
     by_chance = chance(asked, metrics)
