@@ -19,6 +19,9 @@ how alike two images' whole Jacobians are, the trace of their block of the neura
 noise levels, or nothing would remain of the estimate. The constant v of `das-mean` is such a probe
 too, the sum of outputs by which Mohamadi et al. (2206.12543) approximate the kernel; a single
 direction that is smooth and alike in every channel, it says less about the rest of the output.
+
+`mixed` asks for both in one pass: e + 2 s, s the signs of `probe`. e and s have a length of about
+one per number, so that the probe weighs four times what the output's norm does in <v, v>.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from .conditions import Conditions
 from .hashing import make_key, signs
 from .model import Model
 
+_SIGNS = 2.0  # of `mixed`, to one of e
 _PROBE = 7  # purpose of the key; sjlt.py, projection.py and factored.py hold the others
 
 
@@ -99,6 +103,16 @@ def output_probe(seed: int) -> Cotangent:
 
     def cotangent(model: Model, point: Point, e: Tensor) -> Tensor:
         return signs(0, e[0].numel(), key, e.device).view(1, *e.shape[1:]).expand_as(e)
+
+    return cotangent
+
+
+def output_mixed(seed: int) -> Cotangent:
+    """e and twice the signs of `output_probe`: the gradient of 1/2 ||e||^2 + 2 <s, e>."""
+    probe = output_probe(seed)
+
+    def cotangent(model: Model, point: Point, e: Tensor) -> Tensor:
+        return e.detach() + _SIGNS * probe(model, point, e)
 
     return cotangent
 
@@ -179,6 +193,14 @@ METHODS: dict[str, Method] = {
         through_input=False,
         source="a random direction of the output (ours)",
         drawn=output_probe,
+    ),
+    "mixed": Method(
+        cotangent=output_mixed(seed=0),
+        trajectory="noise",
+        loss_like=False,
+        through_input=False,
+        source="a D-TRAK row and a random direction of the output in one pass (ours)",
+        drawn=output_mixed,
     ),
     "dps": Method(
         cotangent=posterior_sampling,

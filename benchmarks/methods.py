@@ -167,6 +167,14 @@ METHODS_TABLE: dict[str, Definition] = {
         source="ours",
         why="what the concept's words change in such a row",
     ),
+    "headwater-mixed": Definition(
+        method="mixed",
+        scaling="timestep",
+        query="contrast",
+        similarity="standard",
+        source="ours",
+        why="the default, of rows of the output's norm and of such a direction at once",
+    ),
 }
 
 

@@ -90,7 +90,7 @@ def ingest(
         typer.Option("--out", help="Folder of the index, new or to add to.", show_default=False),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="dsm, dtrak, dtrak-text, das, das-mean, probe, dps or cfg.")
+        str, typer.Option(help="dsm, dtrak, dtrak-text, das, das-mean, probe, mixed, dps or cfg.")
     ] = "dtrak",
     parameters: Annotated[str, typer.Option(help="Parameters, by regular expression.")] = "auto",
     dim: Annotated[int | None, typer.Option(help="Width of a row.", show_default=False)] = None,

@@ -80,7 +80,7 @@ def bad_source(tmp_path: Path, kind: str) -> Path:
         ("fine", ("--where", "true; drop table items"), "drop table"),
         ("fine", ("--limit", 0), "--limit 0"),
         ("fine", ("--batch-size", 0), "--batch-size 0"),
-        ("fine", ("--method", "magic"), "dsm, dtrak, dtrak-text, das, das-mean, probe, dps, cfg"),
+        ("fine", ("--method", "magic"), "das-mean, probe, mixed, dps, cfg"),
         ("fine", ("--scaling", "row"), "timestep, layer, none"),
         ("fine", ("--levels", "1-0"), "0-1 is all of it"),
         ("fine", ("--parameters", "nothing_like_it"), "matches no parameter"),

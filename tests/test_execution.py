@@ -94,6 +94,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
         ("dps", "timestep"),
         ("cfg", "timestep"),
         ("probe", "timestep"),
+        ("mixed", "timestep"),
     ],
 )
 def test_compiled_rows_are_the_same(

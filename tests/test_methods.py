@@ -55,6 +55,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "das": lambda e, eps: e.abs().sum(),
     "das-mean": lambda e, eps: e.mean(),
     "probe": lambda e, eps: (e * SIGNS).sum(),
+    "mixed": lambda e, eps: e.square().sum() / 2 + 2 * (e * SIGNS).sum(),
 }
 
 
