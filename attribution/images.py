@@ -34,7 +34,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise ImageRejected("empty file")
-    if _riff_cut_short(data):
+    if _riff_cut_short(data) or _codestream_cut_short(data):
         raise ImageRejected("truncated file")
     try:
         image = _open(data)
@@ -111,3 +111,13 @@ def _riff_cut_short(data: bytes) -> bool:
     if data[:4] != b"RIFF" or len(data) < 8:
         return False
     return len(data) < 8 + int.from_bytes(data[4:8], "little")
+
+
+def _codestream_cut_short(data: bytes) -> bool:
+    """A JPEG 2000 ends with a marker that its pixels cannot hold; Pillow may draw a cut one black.
+
+    ISO/IEC 15444-1, A.4.4. In a JP2 file the codestream stands behind other boxes.
+    """
+    if data[:4] != b"\xffO\xffQ" and data[4:8] != b"jP  ":
+        return False
+    return data.find(b"\xff\xd9", max(0, data.find(b"\xffO\xffQ"))) < 0

@@ -159,6 +159,17 @@ def test_a_cut_file_is_whole_or_refused(format: str, part: float) -> None:
     np.testing.assert_array_equal(pixels(image), pixels(decode(data)))
 
 
+@pytest.mark.parametrize("options", [{}, {"no_jp2": True}, {"tile_size": (8, 8)}])
+def test_jpeg_2000_cut_anywhere_is_refused(options: dict[str, Any]) -> None:
+    # OpenJPEG leaves a tile black whose data were cut off exactly behind its header.
+    data = encoded(picture(), "JPEG2000", **options)
+    for length in range(len(data)):
+        with pytest.raises(ImageRejected):
+            decode(data[:length])
+    padded = decode(data + bytes(9))
+    np.testing.assert_array_equal(pixels(padded), pixels(decode(data)))
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     format=st.sampled_from(sorted(FILES)),
