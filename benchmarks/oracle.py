@@ -118,10 +118,9 @@ def by_model(
     )
 
 
-def table(
-    method: str, answered: Sequence[tuple[Study, Answers, Worths]], lines: list[str]
-) -> list[str]:
+def table(method: str, answered: Sequence[tuple[Study, Answers, Worths]]) -> list[str]:
     """A line for each concept, over all replicates."""
+    lines = []
     rows: dict[str, list[tuple[tuple[int, str], list[float]]]] = {}
     for study, answers, worths in answered:
         free = wanted(answers).index(answers.damping)
@@ -191,27 +190,26 @@ def main() -> None:
     if args.corpus and not args.model:
         parser.error("--corpus needs --model, the pipeline that was trained on it")
     lines = list(HEADER)
-    answered: dict[str, list[tuple[Study, Answers, Worths]]] = {name: [] for name in args.methods}
     if args.corpus:
         network = Model.from_pretrained(args.model, device=args.device)
         art, pairs = read(args.corpus, args.rows, args.pairs)
         study = make_study(network, art, pairs, seeds=args.seeds, batch=args.batch)
         for configuration in chosen(args.methods):
             answers = answer(study, configuration)
-            answered[configuration.name] = [(study, answers, by_image(study, answers))]
-            table(configuration.name, answered[configuration.name], lines)
+            lines += table(configuration.name, [(study, answers, by_image(study, answers))])
         device = network.device
     else:
         settings = json.loads((args.lds / "config.json").read_text())["settings"]
         recipe = Recipe(parameters=settings["parameters"], dim=settings["dim"])
+        answered: dict[str, list[tuple[Study, Answers, Worths]]] = {}
         for study, halves, true in lds_studies(args.lds, args.device):
             for configuration in chosen(args.methods, recipe):
                 answers = answer(study, configuration)
-                worths = by_model(answers, halves, true)
-                answered[configuration.name].append((study, answers, worths))
+                asked = study, answers, by_model(answers, halves, true)
+                answered.setdefault(configuration.name, []).append(asked)
             device = study.model.device
         for method, of in answered.items():
-            table(method, of, lines)
+            lines += table(method, of)
     lines += ["", f"On {machine(str(device))['machine']}, {SPLITS} splits."]
     args.out.write_text("\n".join(lines) + "\n")
 
