@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ from headwater.benchmarks.methods import chosen
 from headwater.benchmarks.ranks import lds as correlations
 from headwater.benchmarks.runs import machine
 from headwater.benchmarks.study import Answers, Study, answer
-from headwater.benchmarks.summary import resampled
+from headwater.benchmarks.summary import interval
 
 Worths = npt.NDArray[np.float64]  # [S, 2, D, Q]: of a split's halves, a lambda and a question
 SPLITS = 20
@@ -121,23 +122,24 @@ def by_model(
 def table(method: str, answered: Sequence[tuple[Study, Answers, Worths]]) -> list[str]:
     """A line for each concept, over all replicates."""
     lines = []
-    rows: dict[str, list[tuple[tuple[int, str], list[float]]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for study, answers, worths in answered:
         free = wanted(answers).index(answers.damping)
         concepts = np.array([question.concept for question in study.questions])
         for concept in dict.fromkeys(concepts.tolist()):
             mine = np.flatnonzero(concepts == concept)
             found = crossed(worths[..., mine], free)
-            for q, *values in zip(mine, *vars(found).values(), strict=True):
-                if not np.isnan(values).any():
-                    cell = study.replicate, study.questions[q].picture
-                    rows.setdefault(concept, []).append((cell, values))
+            worth = vars(found) | {"gain": found.own - found.label_free}
+            for place, q in enumerate(mine):
+                row = {name: float(values[place]) for name, values in worth.items()}
+                cell = {"replicate": study.replicate, "picture": study.questions[q].picture}
+                rows.setdefault(concept, []).append(row | cell)
     for concept, of in rows.items():
-        free, single, own, oracle = np.mean([values for _, values in of], 0)
-        gains = [[values[2] - values[0]] for _, values in of]
-        low, high = np.percentile(resampled([cell for cell, _ in of], gains), [2.5, 97.5])
+        kinds = ("label_free", "single", "own", "oracle", "gain")
+        free, single, own, oracle, gain = (np.nanmean([row[k] for row in of]) for k in kinds)
+        low, high = interval(of, "gain")
         lines.append(
-            f"| {method} | {concept} | {free:.3f} | {single:.3f} | {own:.3f} | {own - free:+.3f} "
+            f"| {method} | {concept} | {free:.3f} | {single:.3f} | {own:.3f} | {gain:+.3f} "
             f"({low:+.3f} to {high:+.3f}) | {oracle:.3f} |"
         )
         print(lines[-1], flush=True)
@@ -145,10 +147,9 @@ def table(method: str, answered: Sequence[tuple[Study, Answers, Worths]]) -> lis
 
 
 def lds_studies(
-    folder: Path, device: str
+    folder: Path, settings: Mapping[str, Any], device: str
 ) -> Iterator[tuple[Study, npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
     """Each attributed model of a record, what the retrained ones saw, and their utilities."""
-    settings = json.loads((folder / "config.json").read_text())["settings"]
     base = base_model(settings["model"], device, settings["corpus"])
     names = ("styles", "names", "per_pair", "pixels")
     material = material_of(
@@ -202,7 +203,7 @@ def main() -> None:
         settings = json.loads((args.lds / "config.json").read_text())["settings"]
         recipe = Recipe(parameters=settings["parameters"], dim=settings["dim"])
         answered: dict[str, list[tuple[Study, Answers, Worths]]] = {}
-        for study, halves, true in lds_studies(args.lds, args.device):
+        for study, halves, true in lds_studies(args.lds, settings, args.device):
             for configuration in chosen(args.methods, recipe):
                 answers = answer(study, configuration)
                 asked = study, answers, by_model(answers, halves, true)

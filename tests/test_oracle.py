@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def test_a_record_of_lds_is_taken_up_as_it_was(
     lds.run(tmp_path / "lds", device="cpu", say=lambda _: None, **settings)
     rows = pq.read_table(tmp_path / "lds" / "lds.parquet").to_pylist()
     recorded = [r["lds"] for r in rows if r["method"] == "d-trak" and r["label_free"]]
-    ((study, halves, true),) = lds_studies(tmp_path / "lds", "cpu")
+    config = json.loads((tmp_path / "lds" / "config.json").read_text())
+    ((study, halves, true),) = lds_studies(tmp_path / "lds", config["settings"], "cpu")
     recipe = Recipe(parameters="auto", dim=settings["dim"])
     scores = answer(study, chosen(["d-trak"], recipe)[0]).scores().double().cpu().numpy()
     np.testing.assert_allclose(correlations(scores, halves, true), recorded, atol=1e-6)
