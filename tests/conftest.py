@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +100,13 @@ def caches_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches"))
         yield
+
+
+@pytest.fixture
+def no_process_is_left() -> Iterator[None]:
+    """Every process that the test started has ended with it."""
+    yield
+    assert multiprocessing.active_children() == []
 
 
 class Stopped(Exception):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,7 @@ from headwater.ingest import devices, devices_named, job
 from headwater.ingest.devices import Pictures, compute_rows
 
 SMALL = Recipe(timesteps=2, dim=128)
-
-
-@pytest.fixture(autouse=True)
-def no_process_is_left() -> Iterator[None]:
-    yield
-    assert multiprocessing.active_children() == []
+pytestmark = pytest.mark.usefixtures("no_process_is_left")
 
 
 @pytest.fixture(scope="module")

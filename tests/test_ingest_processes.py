@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,11 +17,7 @@ from headwater import DeviceError
 from headwater.ingest import SourceError
 from headwater.ingest.processes import Crew
 
-
-@pytest.fixture(autouse=True)
-def no_process_is_left() -> Iterator[None]:
-    yield
-    assert multiprocessing.active_children() == []
+pytestmark = pytest.mark.usefixtures("no_process_is_left")
 
 
 def _echo(delays: list[float]) -> tuple[str, Callable[[Iterator[Any]], Iterator[Any]]]:
